@@ -1,0 +1,23 @@
+// Combine: from sums to the merged value (TIES-Merging, section 3, step 3), each operation rounded once.
+#pragma once
+#include "dtype.h"
+
+namespace pm {
+
+template <class V>
+PM_HD V combine_mean(V sum, V weights) {
+  return sum / select(is_zero(weights), V::set(1), weights);
+}
+
+template <class V>
+PM_HD V combine_base(V base, V lambda, V merged) {
+  return base + lambda * merged;
+}
+
+// A kept NaN (or opposite infinities) makes the mass NaN, and then the result is NaN.
+template <class V>
+PM_HD V combine_nan(V result, V mass) {
+  return select(is_nan(mass), mass, result);
+}
+
+}  // namespace pm

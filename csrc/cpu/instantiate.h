@@ -1,0 +1,56 @@
+// Fills the kernel tables for one lane type; included by exactly one source file per instruction set.
+#pragma once
+#include "kernels.h"
+
+namespace pm {
+
+template <class V, class T>
+KernelSet<typename T::Work> make_kernel_set() {
+  constexpr Trim none = Trim::none, magnitude = Trim::magnitude, random = Trim::random;
+  KernelSet<typename T::Work> set;
+  set.linear = MapKernel<V, T, Shape<false, none, false, false>>::run;
+  set.sum = MapKernel<V, T, Shape<true, none, false, false>>::run;
+  set.sum_random = MapKernel<V, T, Shape<true, random, false, false>>::run;
+  set.elect = MapKernel<V, T, Shape<true, none, true, false>>::run;
+  set.elect_unit = MapKernel<V, T, Shape<true, none, true, true>>::run;
+  set.elect_random = MapKernel<V, T, Shape<true, random, true, false>>::run;
+  set.elect_magnitude[0] = MapKernel<V, T, Shape<true, magnitude, true, false>>::run;
+  set.elect_magnitude[1] = MapKernel<V, T, Shape<true, magnitude, true, false, Collect::first>>::run;
+  set.elect_magnitude[2] = MapKernel<V, T, Shape<true, magnitude, true, false, Collect::all>>::run;
+  set.elect_magnitude_unit[0] = MapKernel<V, T, Shape<true, magnitude, true, true>>::run;
+  set.elect_magnitude_unit[1] = MapKernel<V, T, Shape<true, magnitude, true, true, Collect::first>>::run;
+  set.elect_magnitude_unit[2] = MapKernel<V, T, Shape<true, magnitude, true, true, Collect::all>>::run;
+  set.keys = StatsKernel<V, T>::keys;
+  set.open_keys = StatsKernel<V, T>::open_keys;
+  set.masses = StatsKernel<V, T>::masses;
+  return set;
+}
+
+template <class V, class From, class To>
+void convert_elements(const void* from, void* to, int64_t count) {
+  constexpr int n = V::width * kGroup;
+  const auto* source = static_cast<const typename From::Raw*>(from);
+  auto* target = static_cast<typename To::Raw*>(to);
+  int64_t at = 0;
+  V v[kGroup];
+  for (; at + n <= count; at += n) {
+    load_group<true>(From{}, source + at, v);
+    store_group<true>(To{}, target + at, v, false);
+  }
+  if (at == count) return;
+  typename From::Raw padded[n] = {};
+  typename To::Raw result[n];
+  std::copy(source + at, source + count, padded);
+  load_group<true>(From{}, padded, v);
+  store_group<true>(To{}, result, v, false);
+  std::copy(result, result + (count - at), target + at);
+}
+
+template <class V>
+IsaKernels make_isa_kernels() {
+  return {{make_kernel_set<V, BF16>(), make_kernel_set<V, F16>(), make_kernel_set<V, F32>()},
+          {convert_elements<V, BF16, F32>, convert_elements<V, F16, F32>, convert_elements<V, F32, F32>},
+          {convert_elements<V, F32, BF16>, convert_elements<V, F32, F16>, convert_elements<V, F32, F32>}};
+}
+
+}  // namespace pm

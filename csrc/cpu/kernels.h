@@ -1,0 +1,62 @@
+// The tables of compiled kernels: one per instruction set and element type, chosen at run time.
+#pragma once
+#include "stats.h"
+
+namespace pm {
+
+enum class Isa : int { best = -1, scalar = 0, avx2 = 1, avx512 = 2 };
+
+template <class Work>
+using MapFn = int64_t (*)(const MapParams<Work>&, const MapBlock<Work>&, UndecidedColumns*, void* scratch);
+
+// What selects a map kernel at run time.
+struct MapShape {
+  bool base, elect, unit;
+  Trim trim;
+  Collect collect;
+};
+
+template <class Work>
+struct KernelSet {
+  using Bits = typename WorkTraits<Work>::Bits;
+  MapFn<Work> linear, sum, sum_random, elect, elect_unit, elect_random;
+  MapFn<Work> elect_magnitude[3], elect_magnitude_unit[3];  // by Collect
+  void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
+  void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high, OpenKeys<Bits>* to);
+  void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
+
+  MapFn<Work> map(const MapShape& s) const {
+    if (!s.base) return linear;
+    if (s.trim == Trim::magnitude) return (s.unit ? elect_magnitude_unit : elect_magnitude)[int(s.collect)];
+    if (s.trim == Trim::random) return s.elect ? elect_random : sum_random;
+    return !s.elect ? sum : s.unit ? elect_unit : this->elect;
+  }
+};
+
+// Conversions between a storage type and the working type, `count` elements.
+using ConvertFn = void (*)(const void* from, void* to, int64_t count);
+
+struct IsaKernels {
+  KernelSet<float> f32[3];  // by DType: bf16, f16, f32
+  ConvertFn widen[3], narrow[3];
+};
+
+const IsaKernels& scalar_kernels();
+const KernelSet<double>& double_kernels();
+#if defined(__x86_64__)
+const IsaKernels& avx2_kernels();
+const IsaKernels& avx512_kernels();
+#endif
+
+bool isa_available(Isa isa);
+Isa best_isa();
+const char* isa_name(Isa isa);
+const IsaKernels& isa_kernels(Isa isa);
+
+template <class Work>
+const KernelSet<Work>& kernel_set(Isa isa, DType dtype);
+
+// Element conversion between any two storage types, through the wider working type.
+void convert(Isa isa, DType from, DType to, const void* source, void* target, int64_t count);
+
+}  // namespace pm

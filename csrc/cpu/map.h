@@ -1,0 +1,212 @@
+// The map kernel: trim, elect and combine in one sweep over the inputs, written once for every lane type.
+//
+// Per group of kGroup vectors, two short loops over the experts: the first loads each input once, trims, and
+// adds up the mass; the second, over values still in the first-level cache, adds up those that agree.
+// The loop over experts is outside the loop over vectors, so any number of experts runs at full speed.
+#pragma once
+#include <algorithm>
+
+#include "../core/combine.h"
+#include "../core/elect.h"
+#include "../core/lane.h"
+#include "../core/params.h"
+#include "../core/trim.h"
+
+namespace pm {
+
+// What a kernel is compiled for; everything else is a run-time parameter.
+template <bool kBase, Trim kTrim, bool kElect, bool kUnit, Collect kCollect = Collect::no>
+struct Shape {
+  static constexpr bool base = kBase;        // task vectors against a base, or the inputs themselves
+  static constexpr Trim trim = kTrim;
+  static constexpr bool elect = kElect;
+  static constexpr bool unit = kUnit;        // every weight and scale is 1
+  static constexpr Collect collect = kCollect;
+};
+
+constexpr int kMaxGroup = 64;  // elements of the widest group
+
+inline size_t map_scratch_bytes(int experts) {
+  return size_t(experts) * (kMaxGroup * 8 + 3 * 8 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 + 256;
+}
+
+template <class V, class T, class S>
+class MapKernel {
+  using Work = typename T::Work;
+  using Raw = typename T::Raw;
+  using Mask = typename V::Mask;
+  static constexpr int kElements = V::width * kGroup;
+  static constexpr bool kOrdered = S::trim == Trim::random;  // random words come in element order
+  static constexpr bool kCollecting = S::collect != Collect::no;
+
+ public:
+  // Returns how many results are NaN.
+  static int64_t run(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open, void* scratch) {
+    MapKernel k(p, block, open, scratch);
+    const Raw* base = static_cast<const Raw*>(block.base);
+    const Raw* const* expert = reinterpret_cast<const Raw* const*>(block.expert);
+    Raw* out = static_cast<Raw*>(block.out);
+    int64_t at = 0;
+    for (; at + kElements <= block.count; at += kElements) k.group(base, expert, out + at, at, at, kElements);
+    if (at < block.count) k.tail(base, expert, out + at, at, int(block.count - at));
+    return k.nan_;
+  }
+
+ private:
+  MapKernel(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open, void* scratch)
+      : p_(p), b_(block), open_(open) {
+    auto take = [&scratch](size_t bytes) {
+      void* piece = scratch;
+      scratch = static_cast<char*>(scratch) + (bytes + 63) / 64 * 64;
+      return piece;
+    };
+    entries_ = static_cast<V*>(take(sizeof(V) * kGroup * p.experts));
+    tail_ = static_cast<Raw*>(take(sizeof(Raw) * kElements * (p.experts + 2)));
+    tail_expert_ = static_cast<const Raw**>(take(sizeof(Raw*) * p.experts));
+    fields_ = static_cast<uint64_t*>(take(sizeof(uint64_t) * 3 * p.experts));
+  }
+
+  // The last, short group runs on padded copies; equal padding makes zero task vectors, which never count.
+  void tail(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int count) {
+    Raw* to = tail_;
+    auto pad = [&to, at, count](const Raw* from) {
+      std::fill(std::copy(from + at, from + at + count, to), to + kElements, Raw(0));
+      to += kElements;
+      return to - kElements;
+    };
+    for (int k = 0; k < p_.experts; ++k) tail_expert_[k] = pad(expert[k]);
+    const Raw* padded_base = S::base ? pad(base) : nullptr;
+    group(padded_base, tail_expert_, to, 0, at, count);
+    std::copy(to, to + count, out);
+  }
+
+  PM_HD void trim_group(int k, uint64_t index, const V (&d)[kGroup], Mask (&keep)[kGroup]) {
+    if constexpr (S::trim == Trim::magnitude) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) keep[g] = trim_magnitude(d[g], b_.keep_at[k]);
+    } else if (S::trim == Trim::random && !p_.whole[k]) {
+      random_group(index, k, p_.key0, p_.key1, p_.limit[k], V{}, keep);
+    } else {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) keep[g] = at_least(magnitude(d[g]), typename V::Bits(0));
+    }
+  }
+
+  // Mask fields go through memory: storing them costs the vector ports nothing, and they are read much later.
+  PM_HD void note_fields(int k, const V (&d)[kGroup], const Mask (&keep)[kGroup]) {
+    auto* field = reinterpret_cast<uint16_t*>(fields_ + 3 * k);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
+      field[g] = uint16_t(mask_bits(keep[g]));
+      field[kGroup + g] = uint16_t(mask_bits(trim_magnitude(d[g], b_.open_at[k])));
+      if constexpr (S::collect == Collect::all)
+        field[2 * kGroup + g] = uint16_t(mask_bits(trim_magnitude(d[g], b_.count_at[k])));
+    }
+  }
+
+  PM_HD void group(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int64_t offset, int count) {
+    V b[kGroup], mass[kGroup];
+    if constexpr (S::base) load_group<kOrdered>(T{}, base + at, b);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) mass[g] = V::set(0);
+    for (int k = 0; k < p_.experts; ++k) {
+      V d[kGroup];
+      Mask keep[kGroup];
+      load_group<kOrdered>(T{}, expert[k] + at, d);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g)
+        if constexpr (S::base) d[g] = d[g] - b[g];
+      trim_group(k, b_.index + offset, d, keep);
+      if constexpr (kCollecting) note_fields(k, d, keep);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) {
+        V v = d[g];
+        if constexpr (!S::unit) v = (S::base ? v * V::set(p_.scale[k]) : v) * V::set(p_.weight[k]);
+        if constexpr (S::trim != Trim::none) v = keep_where(keep[g], v);
+        mass[g] = mass[g] + v;
+        if constexpr (S::elect) entries_[k * kGroup + g] = v;
+      }
+    }
+    V result[kGroup];
+    finish(b, mass, result);
+    const bool nan = store_group<kOrdered>(T{}, out, result, b_.bypass_cache && count == kElements);
+    if (nan) [[unlikely]] count_nan(result, count);
+    if constexpr (kCollecting) collect(base, expert, result, at, offset);
+  }
+
+  PM_HD void finish(const V (&b)[kGroup], const V (&mass)[kGroup], V (&result)[kGroup]) {
+    V sum[kGroup], weights[kGroup], side[kGroup];
+    if constexpr (S::elect) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) {
+        side[g] = elect(mass[g]);
+        sum[g] = weights[g] = V::set(0);
+      }
+      for (int k = 0; k < p_.experts; ++k) {
+        const V weight = S::unit ? V::set(1) : V::set(p_.weight[k]);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; ++g) {
+          const V v = entries_[k * kGroup + g];
+          const Mask agree = agrees(v, side[g]);
+          sum[g] = add_where(agree, sum[g], v);
+          weights[g] = add_where(agree, weights[g], weight);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
+      V merged = S::elect ? sum[g] : mass[g];
+      if (p_.normalize) merged = S::elect ? combine_mean(merged, weights[g]) : merged / V::set(p_.divisor);
+      if constexpr (S::base) merged = combine_base(b[g], V::set(p_.lambda), merged);
+      result[g] = S::elect ? combine_nan(merged, mass[g]) : merged;
+    }
+  }
+
+  void count_nan(const V (&result)[kGroup], int count) {
+    Raw raw[kMaxGroup];
+    store_group<kOrdered>(T{}, raw, result, false);
+    nan_ += std::count(raw, raw + count, T::nan);
+  }
+
+  PM_HD void collect(const Raw* base, const Raw* const* expert, const V (&result)[kGroup], int64_t at, int64_t offset) {
+    uint64_t any = 0;
+    for (int k = 0; k < p_.experts; ++k) {
+      const uint64_t *field = fields_ + 3 * k, kept = field[0], open = field[1] & ~kept;
+      any |= open;
+      b_.opened[k] += __builtin_popcountll(open);
+      if constexpr (S::collect == Collect::all) {
+        b_.kept[k] += __builtin_popcountll(kept);
+        b_.above[k] += __builtin_popcountll(field[2]);
+      } else {
+        b_.above[k] += __builtin_popcountll(kept);
+      }
+    }
+    if (any) append(base, expert, result, element_mask<kOrdered>(T{}, V{}, any), at, offset);
+  }
+
+  void append(const Raw* base, const Raw* const* expert, const V (&result)[kGroup], uint64_t bits, int64_t at,
+              int64_t offset) {
+    const int64_t size = open_->size;
+    Raw provisional[kMaxGroup];
+    uint32_t position[kMaxGroup];
+    store_group<kOrdered>(T{}, provisional, result, false);
+    for (int j = 0; j < kElements; ++j) position[j] = uint32_t(open_->origin + offset + j);
+    pack_group(V{}, provisional, bits, static_cast<Raw*>(open_->provisional) + size);
+    pack_group(V{}, position, bits, open_->position + size);
+    pack_group(V{}, base + at, bits, static_cast<Raw*>(open_->base) + size);
+    for (int k = 0; k < p_.experts; ++k)
+      pack_group(V{}, expert[k] + at, bits, static_cast<Raw*>(open_->expert[k]) + size);
+    open_->size = size + __builtin_popcountll(bits);
+  }
+
+  const MapParams<Work>& p_;
+  const MapBlock<Work>& b_;
+  UndecidedColumns* open_;
+  V* entries_;              // [experts][kGroup] trimmed, weighted task vectors
+  Raw* tail_;               // padded copies of a short last group
+  const Raw** tail_expert_;
+  uint64_t* fields_;        // [experts][3] mask fields: kept, open or kept, counted
+  int64_t nan_ = 0;
+};
+
+}  // namespace pm

@@ -1,0 +1,121 @@
+// Statistics of one expert's task vector, over the same lanes as the map kernel: keys, masses, open keys.
+#pragma once
+#include "map.h"
+
+namespace pm {
+
+constexpr int kVirtualLanes = 16;         // partial sums of a reduction, the same on every processor
+constexpr int64_t kReduceBlock = 65536;   // elements that are summed before blocks are added in order
+
+// A reduction's running state for one expert and one block: all magnitudes, and those kept.
+struct Masses {
+  double all[kVirtualLanes], kept[kVirtualLanes];
+};
+
+// Where the keys of undecided entries go; positions count from `origin`.
+template <class Bits>
+struct OpenKeys {
+  Bits* key;
+  uint32_t* position;
+  int64_t size;
+  uint32_t origin;
+};
+
+template <class V, class T>
+class StatsKernel {
+  using Work = typename T::Work;
+  using Raw = typename T::Raw;
+  using Bits = typename WorkTraits<Work>::Bits;
+  static constexpr int kElements = V::width * kGroup;
+  static constexpr Bits kNaNKey = WorkTraits<Work>::infinity + 1;  // all NaN are equal, above infinity
+
+ public:
+  // key[i] = bits(|expert[i] - base[i]|) in element order.
+  static void keys(const void* base, const void* expert, int64_t count, Bits* key) {
+    each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
+      Bits bits[kElements];
+      group_keys(d, bits);
+      std::copy(bits, bits + n, key + at);
+    });
+  }
+
+  // Appends key and position of every entry in [low, high); room for a group more is needed.
+  static void open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high, OpenKeys<Bits>* to) {
+    each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
+      uint16_t field[kGroup];
+      for (int g = 0; g < kGroup; ++g)
+        field[g] = uint16_t(mask_bits(trim_magnitude(d[g], low)) & ~mask_bits(trim_magnitude(d[g], high)));
+      uint64_t fields;
+      memcpy(&fields, field, sizeof fields);
+      uint64_t open = element_mask<true>(T{}, V{}, fields);
+      if (n < kElements) open &= (1ull << n) - 1;
+      if (!open) return;
+      Bits bits[kElements];
+      uint32_t position[kElements];
+      group_keys(d, bits);
+      for (int j = 0; j < kElements; ++j) position[j] = to->origin + uint32_t(at + j);
+      pack_group(V{}, bits, open, to->key + to->size);
+      pack_group(V{}, position, open, to->position + to->size);
+      to->size += __builtin_popcountll(open);
+    });
+  }
+
+  // Adds |d| and the kept |d| of expert k to the virtual lanes; `offset` is the place within the block.
+  static void masses(const MapParams<Work>& p, const MapBlock<Work>& b, int k, int64_t offset, Masses* sums) {
+    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
+      typename V::Mask keep[kGroup];
+      if (b.keep_at)
+        for (int g = 0; g < kGroup; ++g) keep[g] = trim_magnitude(d[g], b.keep_at[k]);
+      else
+        random_group(b.index + at, k, p.key0, p.key1, p.limit[k], V{}, keep);
+      V kept[kGroup];
+      for (int g = 0; g < kGroup; ++g) kept[g] = keep_where(keep[g], d[g]);
+      Work all_value[kElements], kept_value[kElements];
+      group_magnitudes(d, all_value);
+      group_magnitudes(kept, kept_value);
+      add(all_value, n, offset + at, sums->all);
+      add(kept_value, n, offset + at, sums->kept);
+    });
+  }
+
+ private:
+  template <class F>
+  static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
+    const Raw *b = static_cast<const Raw*>(base), *x = static_cast<const Raw*>(expert);
+    for (int64_t at = 0; at < count; at += kElements) {
+      const int n = int(std::min<int64_t>(kElements, count - at));
+      Raw padded_base[kElements] = {}, padded[kElements] = {};
+      const bool whole = n == kElements;
+      if (!whole) {
+        std::copy(b + at, b + at + n, padded_base);
+        std::copy(x + at, x + at + n, padded);
+      }
+      V vb[kGroup], d[kGroup];
+      load_group<true>(T{}, whole ? b + at : padded_base, vb);
+      load_group<true>(T{}, whole ? x + at : padded, d);
+      for (int g = 0; g < kGroup; ++g) d[g] = d[g] - vb[g];
+      body(d, at, n);
+    }
+  }
+
+  PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
+    memcpy(bits, d, sizeof bits);
+    for (int j = 0; j < kElements; ++j) bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, kNaNKey);
+  }
+  PM_HD static void group_magnitudes(const V (&d)[kGroup], Work (&value)[kElements]) {
+    Bits bits[kElements];
+    memcpy(bits, d, sizeof bits);
+    for (int j = 0; j < kElements; ++j) bits[j] &= ~WorkTraits<Work>::sign;
+    memcpy(value, bits, sizeof bits);
+  }
+  PM_HD static void add(const Work (&value)[kElements], int n, int64_t offset, double* lanes) {
+    if (kElements % kVirtualLanes == 0 && n == kElements && offset % kVirtualLanes == 0) {
+      for (int j = 0; j < kElements; j += kVirtualLanes)
+        for (int lane = 0; lane < std::min(kVirtualLanes, kElements); ++lane) lanes[lane] += double(value[j + lane]);
+    } else {
+      for (int j = 0; j < n; ++j) lanes[(offset + j) % kVirtualLanes] += double(value[j]);
+    }
+  }
+};
+
+}  // namespace pm

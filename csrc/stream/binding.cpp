@@ -1,0 +1,142 @@
+#include "binding.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "engine.h"
+
+namespace py = pybind11;
+
+namespace pm {
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+Rule make_rule(const py::dict& d) {
+  Rule rule;
+  rule.base = d["task_vector"].cast<bool>();
+  rule.trim = Trim(d["trim"].cast<int>());
+  rule.elect = d["elect"].cast<bool>();
+  rule.normalize = d["normalize"].cast<bool>();
+  rule.rescale = d["rescale"].cast<bool>();
+  rule.all_ties = d["all_ties"].cast<bool>();
+  rule.lambda = d["lambda"].cast<double>();
+  rule.weight = d["weights"].cast<std::vector<double>>();
+  rule.density = d["densities"].cast<std::vector<double>>();
+  if (rule.trim == Trim::magnitude && !rule.elect)
+    throw std::invalid_argument("trimming by magnitude without electing a sign has no kernel");
+  return rule;
+}
+
+// Regions come as rows of (start, file, item bytes, dtype code), one row per input of each job in turn.
+Region make_region(const int64_t* row) {
+  return {row[0], int32_t(row[1]), int32_t(row[2]), DType(row[3] < 0 ? int(DType::f32) : int(row[3]))};
+}
+
+// One run over a list of jobs. `execute` blocks without the interpreter lock; the others may be called meanwhile.
+class Run {
+ public:
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job.
+  Run(const Array<int64_t>& jobs, const Array<uint64_t>& keys, const Array<int64_t>& inputs,
+      const Array<int64_t>& outs, const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups,
+      std::vector<int> files, const py::dict& settings)
+      : groups_(std::move(groups)) {
+    const auto job = jobs.unchecked<2>();
+    for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
+    run_.files = std::move(files);
+    regions_.resize(size_t(inputs.shape(0)));
+    for (size_t i = 0; i < regions_.size(); ++i) regions_[i] = make_region(inputs.data(py::ssize_t(i), 0));
+    size_t next = 0;
+    for (py::ssize_t j = 0; j < jobs.shape(0); ++j) {
+      TensorJob t;
+      t.count = job(j, 0);
+      t.rule = int32_t(job(j, 1));
+      t.has_cast = job(j, 2) >= 0;
+      if (t.has_cast) t.cast = DType(job(j, 2));
+      t.inputs = int32_t(job(j, 3));
+      t.key = keys.at(j);
+      t.input = regions_.data() + next;
+      t.out = make_region(outs.data(j, 0));
+      next += size_t(t.inputs);
+      run_.jobs.push_back(t);
+    }
+    Settings& s = run_.settings;
+    s.isa = Isa(settings["isa"].cast<int>());
+    isa_kernels(s.isa);  // refuses an instruction set that the processor lacks
+    s.threads = std::max(1, settings["threads"].cast<int>());
+    s.tile = std::max<int64_t>(64, settings["tile"].cast<int64_t>() / 64 * 64);
+    s.memory = settings["memory"].cast<int64_t>();
+    s.sigmas = settings["sigmas"].cast<double>();
+    s.bracket_bias = settings["bracket_bias"].cast<double>();
+    s.drop_behind = settings["drop_behind"].cast<bool>();
+    s.spill = settings["spill"].cast<int>();
+  }
+
+  // None when done, else (job, input, what): input -1 is the output, job -1 no single one; "" means cancelled.
+  py::object execute() {
+    try {
+      py::gil_scoped_release release;
+      run_jobs(run_, groups_);
+    } catch (const StreamError& e) {
+      return py::make_tuple(e.job, e.input, std::string(e.what()));
+    } catch (const Cancelled&) {
+      return py::make_tuple(-1, -1, std::string());
+    }
+    return py::none();
+  }
+
+  py::dict report() const {
+    const Report& r = run_.report;
+    py::dict d;
+    d["bytes_read"] = r.bytes_read.load();
+    d["bytes_written"] = r.bytes_written.load();
+    d["elements"] = r.elements.load();
+    d["undecided"] = r.undecided.load();
+    d["nan"] = r.nan.load();
+    d["searched"] = r.searched.load();
+    d["misses"] = r.misses.load();
+    d["overflows"] = r.overflows.load();
+    return d;
+  }
+  // Per group, per expert: (magnitude bits, first flat index not kept among equals).
+  std::vector<std::vector<std::pair<uint64_t, uint64_t>>> cuts() const {
+    std::vector<std::vector<std::pair<uint64_t, uint64_t>>> all;
+    for (const auto& group : run_.cuts) {
+      all.emplace_back();
+      for (const Cut& cut : group) all.back().emplace_back(cut.magnitude, cut.index);
+    }
+    return all;
+  }
+  int64_t bytes_done() const { return run_.report.bytes_read.load(); }
+  void cancel() { run_.report.cancelled = true; }
+
+ private:
+  RunContext run_;
+  std::vector<Region> regions_;
+  std::vector<std::vector<int64_t>> groups_;
+};
+
+}  // namespace
+
+void bind_stream(py::module_& m) {
+  py::class_<Run>(m, "Run")
+      .def(py::init<const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&, const Array<int64_t>&,
+                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&>())
+      .def("execute", &Run::execute)
+      .def("report", &Run::report)
+      .def("cuts", &Run::cuts)
+      .def("bytes_done", &Run::bytes_done)
+      .def("cancel", &Run::cancel);
+}
+
+void bind_cpu(py::module_& m) {
+  m.def("isa_available", [](int isa) { return isa_available(Isa(isa)); });
+  m.def("best_isa", [] { return int(best_isa()); });
+}
+
+}  // namespace pm

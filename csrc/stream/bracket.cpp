@@ -1,0 +1,127 @@
+#include "bracket.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace pm {
+
+namespace {
+
+constexpr int64_t kMostSamples = 1 << 19;  // per expert: bounds memory; the bracket is then 0.45 % of the ranks wide
+
+struct Samples {
+  int64_t clusters, length;             // `length` neighbours are read together
+  std::vector<uint64_t> start;          // flat index of each cluster, ascending
+  uint64_t index(int64_t i) const { return start[size_t(i / length)] + uint64_t(i % length); }
+};
+
+uint64_t mix(uint64_t x) {  // splitmix64: any fixed scattering will do, the result never depends on it
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// One cluster at a scattered place in each of equally long strata. The sample grows with n^(2/3), where its
+// cost and the cost of the undecided it leaves balance.
+template <class Work>
+Samples choose_samples(const Group<Work>& group) {
+  const bool in_files = group.views[0].job().input[0].file != kInMemory;
+  Samples s;
+  s.length = in_files ? 256 : 64;
+  const int64_t wanted = std::min<int64_t>(kMostSamples, int64_t(3 * std::pow(double(group.size), 2.0 / 3)));
+  const int64_t affordable = (int64_t(64) << 20) / (group.experts() * int64_t(sizeof(Work)));
+  s.clusters = std::max<int64_t>(8, std::min(wanted, affordable) / s.length);
+  s.clusters = std::max<int64_t>(1, std::min<int64_t>(s.clusters, int64_t(group.size) / s.length));
+  const uint64_t stratum = group.size / uint64_t(s.clusters);
+  for (int64_t c = 0; c < s.clusters; ++c) {
+    const uint64_t room = stratum - uint64_t(s.length) + 1;
+    s.start.push_back(uint64_t(c) * stratum + mix(uint64_t(c)) % room / 32 * 32);
+  }
+  return s;
+}
+
+template <class Bits>
+Cut cut_at_rank(const KeyRanks<Bits>& ranks, const Samples& samples, int64_t rank, bool all_ties) {
+  int64_t larger;
+  const Bits key = ranks.nth_largest(rank, &larger);
+  if (all_ties) return {key, Cut::kAllIndices};
+  return {key, samples.index(ranks.nth_equal(key, rank - larger)) + 1};
+}
+
+// Standard error, in samples, of how many samples exceed `key`: neighbours resemble each other, so it is
+// estimated from the spread between clusters.
+template <class Bits>
+double rank_error(const Bits* keys, const Samples& s, Bits key) {
+  double sum = 0, squares = 0;
+  for (int64_t c = 0; c < s.clusters; ++c) {
+    int above = 0;
+    for (int64_t j = 0; j < s.length; ++j) above += keys[c * s.length + j] >= key;
+    sum += above;
+    squares += double(above) * above;
+  }
+  const double n = double(s.clusters), variance = squares - sum * sum / n;
+  return std::sqrt(std::max(variance, 1.0) * n / std::max(n - 1, 1.0));
+}
+
+}  // namespace
+
+template <class Work>
+Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
+  using Bits = typename WorkTraits<Work>::Bits;
+  const int experts = group.experts();
+  const Samples samples = choose_samples(group);
+  const int64_t total = samples.clusters * samples.length;
+  std::vector<std::vector<Bits>> keys(static_cast<size_t>(experts));
+  for (int k = 0; k < experts; ++k)
+    if (group.kept(k) > 0) keys[size_t(k)].resize(size_t(total));
+
+  constexpr int64_t kBatch = 64;
+  crew.each((samples.clusters + kBatch - 1) / kBatch, [&](int member, int64_t batch) {
+    Worker& worker = group.run().workers[size_t(member)];
+    for (int64_t c = batch * kBatch; c < std::min(samples.clusters, (batch + 1) * kBatch); ++c) {
+      uint64_t flat = samples.start[size_t(c)];
+      size_t tensor = size_t(std::upper_bound(group.origins.begin(), group.origins.end(), flat) - group.origins.begin()) - 1;
+      for (int64_t done = 0; done < samples.length; ++tensor) {
+        const JobView& view = group.views[tensor];
+        const int64_t first = int64_t(flat - group.origins[tensor]);
+        const int64_t count = std::min(samples.length - done, view.job().count - first);
+        if (count <= 0) continue;
+        view.load(worker, first, count);
+        for (int k = 0; k < experts; ++k)
+          if (group.kept(k) > 0)
+            group.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(k)], count,
+                                     keys[size_t(k)].data() + c * samples.length + done);
+        done += count, flat += uint64_t(count);
+      }
+    }
+  });
+
+  Bracket bracket{std::vector<Cut>(static_cast<size_t>(experts)), std::vector<Cut>(static_cast<size_t>(experts))};
+  const Settings& settings = group.run().settings;
+  const bool all_ties = group.rule().all_ties;
+  crew.each(experts, [&](int, int64_t k) {
+    const int64_t kept = group.kept(int(k));
+    Cut &low = bracket.low[size_t(k)], &high = bracket.high[size_t(k)];
+    low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
+    if (kept <= 0) return;
+    const KeyRanks<Bits> ranks(keys[size_t(k)].data(), total);
+    const double share = double(kept) / double(group.size) + settings.bracket_bias;
+    const double centre = std::clamp(share * double(total), 1.0, double(total));
+    int64_t larger;
+    const Bits middle = ranks.nth_largest(int64_t(centre), &larger);
+    const double half = settings.sigmas * rank_error(keys[size_t(k)].data(), samples, middle) + 1;
+    const auto high_rank = int64_t(std::floor(centre - half)), low_rank = int64_t(std::ceil(centre + half));
+    high = high_rank < 1 ? Cut::keep_none() : cut_at_rank(ranks, samples, high_rank, all_ties);
+    low = low_rank > total ? Cut::keep_all() : cut_at_rank(ranks, samples, low_rank, all_ties);
+    // Zero task vectors never count, so no bracket needs to reach below the smallest magnitude.
+    if (low.magnitude == 0) low = {1, Cut::kAllIndices};
+    if (high.magnitude == 0) high = {1, Cut::kAllIndices};
+  });
+  return bracket;
+}
+
+template Bracket sample_bracket(const Group<float>&, Crew&);
+template Bracket sample_bracket(const Group<double>&, Crew&);
+
+}  // namespace pm

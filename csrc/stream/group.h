@@ -1,0 +1,71 @@
+// A group: the tensors over which one threshold per expert is taken. One tensor, or the whole model.
+#pragma once
+#include <memory>
+
+#include "../cpu/parallel.h"
+#include "../cpu/select.h"
+#include "undecided.h"
+
+namespace pm {
+
+template <class Work>
+class Group {
+ public:
+  using Bits = typename WorkTraits<Work>::Bits;
+
+  // `jobs` in flat-index order. Tensors of several types share the kernels of the widest.
+  Group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs);
+
+  RunContext& run() const { return run_; }
+  const Rule& rule() const { return run_.rules[size_t(views[0].job().rule)]; }
+  const KernelSet<Work>& kernels(const JobView& view) const {
+    return kernel_set<Work>(run_.settings.isa, view.kernel_dtype());
+  }
+  int experts() const { return int(rule().weight.size()); }
+  // How many entries of expert k are kept: -1 all, else exactly this many.
+  int64_t kept(int k) const;
+  uint64_t flat(size_t tensor, int64_t element) const { return origins[tensor] + uint64_t(element); }
+
+  // Pieces of at most `size` elements over all tensors, numbered in flat order.
+  struct Piece {
+    size_t tensor;
+    int64_t first, count;
+  };
+  int64_t piece_count(int64_t size) const;
+  Piece piece(int64_t number, int64_t size) const;
+
+  const int64_t number;
+  std::vector<JobView> views;
+  std::vector<uint64_t> origins;  // flat index of each tensor's first element
+  uint64_t size = 0;
+
+ private:
+  RunContext& run_;
+  mutable std::vector<int64_t> piece_starts_;
+  mutable int64_t piece_size_ = 0;
+};
+
+// The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.
+template <class Bits>
+Bits threshold_at(const Cut& cut, uint64_t at) {
+  constexpr uint64_t nan = (sizeof(Bits) == 4 ? uint64_t(0x7f800000u) : uint64_t(0x7ffull << 52)) + 1;
+  const uint64_t bits = at < cut.index ? cut.magnitude : cut.magnitude >= nan ? ~0ull : cut.magnitude + 1;
+  return bits > uint64_t(Bits(~Bits(0))) ? Bits(~Bits(0)) : Bits(bits);
+}
+
+// Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its threshold.
+template <class F>
+void each_segment(const std::vector<const std::vector<Cut>*>& cuts, uint64_t flat, int64_t count, F&& body) {
+  int64_t at = 0;
+  while (at < count) {
+    uint64_t end = flat + uint64_t(count);
+    for (const auto* list : cuts)
+      for (const Cut& cut : *list)
+        if (cut.index > flat + uint64_t(at) && cut.index < end) end = cut.index;
+    const int64_t next = int64_t(end - flat);
+    body(at, next - at);
+    at = next;
+  }
+}
+
+}  // namespace pm

@@ -1,0 +1,105 @@
+// A worker and its tile: inputs come in, in the form the kernels take, and the result goes out.
+#pragma once
+#include <memory>
+
+#include "../cpu/select.h"
+#include "job.h"
+
+namespace pm {
+
+// Page-aligned memory that grows and is reused; contents do not survive growth.
+class Buffer {
+ public:
+  void* reserve(size_t bytes);
+  template <class T>
+  T* reserve_for(size_t count) {
+    return static_cast<T*>(reserve(count * sizeof(T)));
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t bytes_ = 0;
+};
+
+// Inputs of one tile as kernels read them.
+struct Tile {
+  const void* base = nullptr;
+  std::vector<const void*> expert;
+};
+
+struct Worker {
+  Buffer raw, wide, cast, result, narrowed, scratch, chunk, held;
+  Tile tile;
+  std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
+  std::vector<void*> column_expert;
+};
+
+// One run's files, jobs and counters, shared by all its workers.
+struct RunContext {
+  Settings settings;
+  std::vector<int> files;
+  std::vector<TensorJob> jobs;
+  std::vector<Rule> rules;
+  std::vector<Worker> workers;
+  std::vector<std::vector<Cut>> cuts;  // per group: the thresholds that were found, one per expert
+  Report report;
+
+  void check_cancelled() const {
+    if (report.cancelled.load(std::memory_order_relaxed)) throw Cancelled{};
+  }
+};
+
+// How one job's elements reach the kernels.
+class JobView {
+ public:
+  JobView(RunContext& run, int64_t job, DType kernel);
+  // The type the job's kernels would best run in: the stored one if nothing is converted, else f32 or f64.
+  static DType natural_kernel(const TensorJob& job);
+
+  const TensorJob& job() const { return *job_; }
+  int64_t number() const { return number_; }
+  DType kernel_dtype() const { return kernel_; }
+  int kernel_item() const { return itemsize(kernel_); }
+  int expert_count() const { return job_->inputs - has_base_; }
+
+  // Makes elements [first, first + count) of every input available in `worker.tile`.
+  void load(Worker& worker, int64_t first, int64_t count) const;
+
+  // Where the kernel shall write `count` results from `first`; pass them to `store` afterwards.
+  void* result(Worker& worker, int64_t first, int64_t count) const;
+  void store(Worker& worker, int64_t first, int64_t count, const void* result) const;
+  bool bypass_cache(const void* result, int64_t count) const;
+
+  // From now on results are gathered in memory of the job's size; flush writes them out in one go.
+  void hold(void* memory) { held_ = memory; }
+  void flush() const;
+
+  // Replaces single elements of the output, in ascending order of position.
+  void patch(Worker& worker, int64_t origin, int64_t span, const uint32_t* position, const void* value,
+             int64_t count) const;
+
+  // Asks for the inputs of the next window of tiles; drop_behind gives back all of them.
+  void read_ahead(int64_t first, int64_t tile) const;
+  void drop_behind() const;
+
+ private:
+  void advise(int64_t first, int64_t count, int advice) const;
+  const void* load_input(Worker& worker, int input, int64_t first, int64_t count) const;
+  void* output_address(int64_t element) const;
+
+  RunContext& run_;
+  const TensorJob* job_;
+  int64_t number_;
+  DType kernel_;
+  bool direct_;  // stored, computed and written in one type: no conversion
+  int has_base_;
+  void* held_ = nullptr;
+};
+
+void read_fully(RunContext& run, int64_t job, int input, const Region& region, int64_t first, int64_t count, void* to);
+void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count, const void* from);
+
+}  // namespace pm

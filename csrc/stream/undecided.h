@@ -1,0 +1,74 @@
+// The undecided positions of a one-pass merge, kept as small tensors of their own ("chunks"): for each
+// position the raw inputs, the provisional result and where it belongs. They are mapped again, by the same
+// kernel, once the thresholds are known, so no input is ever read a second time for them.
+#pragma once
+#include <mutex>
+
+#include "tile.h"
+
+namespace pm {
+
+// Rows [begin, end) of a chunk lie in tensor `tensor` of the group, at `origin` + position.
+struct Span {
+  int32_t tensor;
+  int64_t origin, size;  // the tile's first element within the tensor, and its length
+  int64_t begin, end;
+};
+
+struct Chunk {
+  char* slab = nullptr;
+  int64_t spilled_at = -1;  // byte offset in the spill file, if the slab was written out
+  int64_t size = 0;
+  std::vector<Span> spans;
+  bool sealed = false;
+};
+
+// Columns of a chunk within its slab.
+struct ChunkLayout {
+  int experts;
+  int item;
+  int64_t rows;
+
+  ChunkLayout(int experts, int item);
+  int64_t slab_bytes() const { return rows * row_bytes(); }
+  int64_t row_bytes() const { return int64_t(experts + 2) * item + 4; }
+  char* base(char* slab) const { return slab + rows * 4; }
+  char* expert(char* slab, int k) const { return base(slab) + (k + 1) * rows * item; }
+  char* provisional(char* slab) const { return base(slab) + int64_t(experts + 1) * rows * item; }
+  uint32_t* position(char* slab) const { return reinterpret_cast<uint32_t*>(slab); }
+};
+
+struct Overflow {};  // the undecided do not fit: the caller takes the exact route
+
+class UndecidedStore {
+ public:
+  UndecidedStore(RunContext& run, int experts, int item);
+  ~UndecidedStore();
+  UndecidedStore(const UndecidedStore&) = delete;
+
+  const ChunkLayout& layout() const { return layout_; }
+  // A chunk with room for at least a block, replacing `full` (may be null), which is sealed.
+  Chunk* next(Chunk* full);
+  void seal(Chunk* chunk);
+  std::vector<std::unique_ptr<Chunk>>& chunks() { return chunks_; }
+  // The chunk's slab; reads it back into the worker's buffer if it was spilled.
+  char* open(const Chunk& chunk, Worker& worker) const;
+  int64_t rows() const;
+
+  static constexpr int64_t kBlock = 2048;  // a kernel call never appends more rows than this
+
+ private:
+  char* allocate();
+  void spill(Chunk& chunk);
+
+  RunContext& run_;
+  ChunkLayout layout_;
+  int64_t slab_limit_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Chunk>> chunks_;
+  std::vector<char*> free_;
+  std::vector<char*> slabs_;
+  int64_t spilled_bytes_ = 0;
+};
+
+}  // namespace pm

@@ -1,0 +1,74 @@
+"""Merging checkpoints from Python."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pymerge.checkpoint.layout import parse_size
+from pymerge.dtypes import DType
+from pymerge.errors import PymergeError
+from pymerge.parameters import merging_dtype
+from pymerge.planner import Plan, make_plan
+from pymerge.recipe import Recipe, load_recipe, parse_recipe
+from pymerge.run.results import Summary
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def plan(
+    recipe: Recipe | Path | str,
+    out: Path | str | None = None,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: DType | str | None = None,
+) -> Plan:
+    """What merging `recipe` would do, from headers alone.
+
+    `recipe`: a file's path, recipe YAML (text of several lines) or a Recipe. `out`: checked too when given.
+    `max_shard_size`: bytes, or text such as "5GB". `dtype`: element type of the output, before the recipe's.
+    Raises PymergeError; a ProblemList holds every problem that headers show.
+    """
+    size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
+    if size < 1:
+        raise PymergeError(f"a shard must hold at least one byte, not {size}")
+    folder = None if out is None else Path(out)
+    wanted = merging_dtype(dtype) if isinstance(dtype, str) else dtype
+    return make_plan(_recipe(recipe), folder, max_shard_bytes=size, dtype=wanted)
+
+
+def merge(
+    recipe: Recipe | Path | str,
+    out: Path | str,
+    *,
+    threads: int | None = None,
+    max_memory: int | str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: DType | str | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Merge `recipe` into the new folder `out`, which appears complete or not at all.
+
+    Arguments as in `plan`; `threads`: None uses every processor; `max_memory`: bytes (or text) for
+    buffers, None: 64 MiB and the tiles; `progress`: a bar on stderr when that is a terminal.
+    Raises PymergeError.
+    """
+    from pymerge.run.local import execute_plan
+    from pymerge.run.progress import Bar
+    from pymerge.run.settings import settings_for
+
+    planned = plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
+    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    settings = settings_for(planned, threads=threads, max_memory=memory)
+    if not progress:
+        return execute_plan(planned, Path(out), settings)
+    with Bar(sys.stderr) as bar:
+        return execute_plan(planned, Path(out), settings, bar)
+
+
+def _recipe(recipe: Recipe | Path | str) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str) and "\n" in recipe:
+        return parse_recipe(recipe, Path.cwd())
+    return load_recipe(Path(recipe))

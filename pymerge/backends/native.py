@@ -1,0 +1,245 @@
+"""The compiled CPU backend: hands whole job lists to the core, which owns threads, tiles and files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pymerge import _core
+from pymerge.dtypes import DType
+from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
+from pymerge.job import Region, TensorJob
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# The numerics contract's version: bits of a result never change within one.
+NUMERICS_VERSION = 1
+
+_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+_NO_FILE = -1
+
+
+class Isa(Enum):
+    """The instruction set the kernels run on; AUTO takes the best this processor has."""
+
+    AUTO = -1
+    SCALAR = 0
+    AVX2 = 1
+    AVX512 = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is carried out; nothing here changes a bit of the result.
+
+    `threads`: 0 for one per available core. `tile`: elements per step. `memory`: bytes for undecided positions
+    before they go to `spill` (an open read-write file) or, without one, the exact two-pass route is taken.
+    `sigmas`: half width of the threshold bracket in standard errors. `bracket_bias` shifts the bracket by that
+    share of the ranks, so that tests can force a miss. `drop_behind`: inputs are not needed again soon.
+    """
+
+    threads: int = 0
+    tile: int = 32768
+    memory: int = 64 << 20
+    isa: Isa = Isa.AUTO
+    sigmas: float = 4.0
+    bracket_bias: float = 0.0
+    drop_behind: bool = False
+    spill: int | None = None
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """An open file and the name that messages give it."""
+
+    path: str
+    fd: int
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """What is kept of an expert: magnitude bits above `magnitude`, or equal at a flat index below `index`."""
+
+    magnitude: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did. `fallbacks`: groups that took the exact two-pass route.
+
+    `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was searched.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    elements: int
+    undecided: int
+    fallbacks: int
+    nan_outputs: int
+    thresholds: tuple[tuple[Threshold, ...], ...]
+
+
+def random_key(seed: int, name: str) -> int:
+    """The 64-bit Philox key of a tensor: the same for any order, thread count or device."""
+    data = (seed % 2**64).to_bytes(8, "little") + name.encode()
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def available_isas() -> list[Isa]:
+    """The instruction sets this processor can run, slowest first."""
+    return [isa for isa in Isa if isa is not Isa.AUTO and _core.isa_available(isa.value)]
+
+
+def cpu_features() -> dict[str, object]:
+    """What `pymerge info` shows of the processor."""
+    return {
+        "cores": available_cores(),
+        "instruction sets": [isa.name.lower() for isa in available_isas()],
+        "chosen": Isa(_core.best_isa()).name.lower(),
+    }
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class NativeRun:
+    """One run over a list of jobs; `execute` blocks, `bytes_done` and `cancel` may be called from other threads."""
+
+    def __init__(
+        self, jobs: Sequence[TensorJob], scope: Scope, files: Sequence[OpenFile], settings: Settings
+    ) -> None:
+        if settings.isa not in (Isa.AUTO, *available_isas()):
+            known = ", ".join(isa.name.lower() for isa in available_isas())
+            raise BackendError(f"this processor has no {settings.isa.name.lower()}; it has {known}")
+        self._jobs = jobs
+        self._files = files
+        rules = _RuleTable()
+        rows = np.array([_job_row(job, rules) for job in jobs], dtype=np.int64).reshape(-1, 4)
+        keys = np.array([_key(job) for job in jobs], dtype=np.uint64)
+        inputs = _regions([region for job in jobs for region in _inputs(job)])
+        outs = _regions([job.out for job in jobs])
+        groups = _groups(jobs, scope)
+        fds = [file.fd for file in files]
+        self._run = _core.Run(rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings))
+
+    def execute(self) -> Report:
+        """Merges every job. Raises CheckpointError or OutputError naming file and tensor, or Cancelled."""
+        fault = self._run.execute()
+        if fault is not None:
+            raise self._explain(*fault)
+        counted = self._run.report()
+        cuts = tuple(tuple(Threshold(*cut) for cut in group) for group in self._run.cuts())
+        return Report(
+            bytes_read=counted["bytes_read"],
+            bytes_written=counted["bytes_written"],
+            elements=counted["elements"],
+            undecided=counted["undecided"],
+            fallbacks=counted["misses"] + counted["overflows"],
+            nan_outputs=counted["nan"],
+            thresholds=cuts,
+        )
+
+    @property
+    def bytes_done(self) -> int:
+        """Input bytes read so far."""
+        return self._run.bytes_done()
+
+    def cancel(self) -> None:
+        """Makes `execute` raise Cancelled soon."""
+        self._run.cancel()
+
+    def _explain(self, number: int, source: int, what: str) -> Exception:
+        if not what:
+            return Cancelled("the merge was cancelled")
+        if number < 0:
+            return OutputError(f"temporary file for undecided positions: {what}")
+        job = self._jobs[number]
+        region = job.out if source < 0 else _inputs(job)[source]
+        place = "memory" if region.file < 0 else self._files[region.file].path
+        error = OutputError if source < 0 else CheckpointError
+        return error(f"{place}: tensor {job.name!r}: {what}")
+
+
+class _RuleTable:
+    """Numbers distinct rules, so that thousands of tensors share one row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, object]] = []
+        self._numbers: dict[Rule, int] = {}
+
+    def number(self, rule: Rule) -> int:
+        if rule not in self._numbers:
+            self._numbers[rule] = len(self.rows)
+            self.rows.append(_rule_row(rule))
+        return self._numbers[rule]
+
+
+def _rule_row(rule: Rule) -> dict[str, object]:
+    return {
+        "task_vector": rule.task_vector,
+        "trim": _TRIM_CODE[rule.trim],
+        "elect": rule.elect,
+        "normalize": rule.normalize,
+        "rescale": rule.rescale,
+        "all_ties": rule.threshold_ties is ThresholdTies.ALL,
+        "lambda": rule.lambda_,
+        "weights": list(rule.weights),
+        "densities": list(rule.densities),
+    }
+
+
+def _inputs(job: TensorJob) -> tuple[Region, ...]:
+    return job.experts if job.base is None else (job.base, *job.experts)
+
+
+def _code(dtype: DType | None) -> int:
+    return -1 if dtype is None or dtype.code is None else dtype.code
+
+
+def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int]:
+    number = -1 if job.rule is None else rules.number(job.rule)
+    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None)
+
+
+def _key(job: TensorJob) -> int:
+    if job.rule is None or job.rule.trim is not Trim.RANDOM:
+        return 0
+    return random_key(job.rule.seed, job.name)
+
+
+def _regions(regions: Sequence[Region]) -> NDArray[np.int64]:
+    rows = [(r.start, r.file, r.dtype.itemsize, _code(r.dtype)) for r in regions]
+    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+
+
+def _groups(jobs: Sequence[TensorJob], scope: Scope) -> list[list[int]]:
+    """Job numbers that share thresholds: each alone, or all floats in sorted name order (the paper's flattening)."""
+    if scope is Scope.TENSOR:
+        return [[number] for number in range(len(jobs))]
+    merged = [number for number, job in enumerate(jobs) if job.rule is not None]
+    copied = [[number] for number, job in enumerate(jobs) if job.rule is None]
+    return [sorted(merged, key=lambda number: jobs[number].name), *copied] if merged else copied
+
+
+def _settings_row(settings: Settings) -> dict[str, object]:
+    return {
+        "isa": settings.isa.value,
+        "threads": settings.threads or available_cores(),
+        "tile": settings.tile,
+        "memory": settings.memory,
+        "sigmas": settings.sigmas,
+        "bracket_bias": settings.bracket_bias,
+        "drop_behind": settings.drop_behind,
+        "spill": _NO_FILE if settings.spill is None else settings.spill,
+    }

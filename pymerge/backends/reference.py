@@ -1,0 +1,309 @@
+"""The specification, in torch: what every compiled backend must reproduce bit for bit.
+
+Read it from top to bottom. One group of tensors goes through
+
+    round_to (cast) -> task vectors -> trim (select) -> rescale -> elect -> combine -> round_to (output)
+
+The numerics contract, per element, experts k = 0..K-1 in recipe order. The working type is f32 for f16, bf16
+and f32 inputs; it is f64 as soon as one input of the tensor (after `cast`) is f64. Weights and lambda are
+rounded to the working type first. Every operation is rounded once, to nearest even; nothing is fused,
+nothing is flushed to zero, no sum over k is reordered.
+
+    d_k    = x_k - b
+    keep_k = trim rule on m_k = bits(|d_k|) as an unsigned integer, and on the index where those are equal
+    v_k    = d_k * w_k                     or, with rescale, (d_k * scale_k) * w_k: two roundings
+    S      = sum of v_k over kept k        sequential in k from +0
+    side   = + if S >= 0 else -
+    num    = sum of v_k, den = sum of w_k  over kept k with v_k > 0 (side +) or v_k < 0 (side -), sequential
+    den    = 1 if den == 0                 v_k == 0 never counts
+    out    = round_to_out_dtype(b + lambda * (num / den  or, without normalize, num))
+
+Methods that do not elect: num = sum of v_k over kept k, den = sum of all w_k, 1 if |den| < 1e-8 (compared in
+the working type). `linear` has no base, no trim and no lambda: out = round(sum of x_k * w_k [/ sum of w_k]).
+
+NaN. S is NaN as soon as a kept value is NaN (or +inf meets -inf), and then out is NaN. A trimmed value,
+finite or not, takes no part; infinities follow IEEE. Output NaNs are one positive quiet pattern: bf16 0x7FC0,
+f16 0x7E00, f32 0x7FC00000, f64 0x7FF8000000000000.
+
+Trim by magnitude. k = int(density * n), a double product truncated, at least 1 if density > 0; density >= 1
+keeps all (no trim, no rescale), density <= 0 keeps none. All NaNs are one magnitude, above infinity
+(payloads do not survive every processor's subtraction). FIRST keeps exactly k, the lowest flat index first
+among equals: a stable descending sort. ALL keeps every magnitude >= the k-th largest. Scope TENSOR counts n
+over one tensor; scope MODEL over all tensors together, flat index = tensors in sorted name order, one
+threshold per expert; where working types differ, magnitudes are compared as f64, which widening leaves exact.
+
+Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
+
+Rescale. scale_k = sum|d| / sum|kept d| per tensor and expert, both sums f64 in a fixed order (`ordered_sum`),
+the quotient taken in f64 and rounded to the working type; 1 if either sum < 1e-7 or density >= 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pymerge.backends.philox import element_words, keep_below, tensor_key
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+
+REDUCTION_BLOCK = 65_536
+REDUCTION_LANES = 16
+TINY_SUM = 1e-7
+TINY_WEIGHT = 1e-8
+
+# The integer type of the same width, and the one NaN that may leave: positive and quiet.
+BITS = {
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+CANONICAL_NAN = {
+    torch.bfloat16: 0x7FC0,
+    torch.float16: 0x7E00,
+    torch.float32: 0x7FC00000,
+    torch.float64: 0x7FF8000000000000,
+}
+SIGN_CLEARED = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
+
+
+def merge_group(
+    names: Sequence[str],
+    bases: Sequence[Tensor] | None,
+    experts: Sequence[Sequence[Tensor]],
+    rule: Rule,
+    out_dtypes: Sequence[torch.dtype],
+    cast: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Merges one group of tensors; results come in the order of `names`, with the shapes of the inputs.
+
+    `experts[i][k]` is tensor i of expert k, `bases[i]` its base (None for linear). `cast`: inputs are rounded
+    to it first. Scope MODEL takes one threshold over the group; scope TENSOR treats each tensor alone.
+    Inputs are not modified. Raises ValueError when base and rule, or the numbers of experts, do not agree.
+    """
+    check_group(names, bases, experts, rule)
+    if not names:
+        return []
+    shapes = [xs[0].shape for xs in experts]
+    inputs = [[prepare(x, cast) for x in xs] for xs in experts]
+    if bases is None:
+        merged = [combine_linear(in_working_type(xs), rule) for xs in inputs]
+    else:
+        with_base = [in_working_type([prepare(b, cast), *xs]) for b, xs in zip(bases, inputs, strict=True)]
+        deltas = [[x - b for x in xs] for b, *xs in with_base]
+        kept = trim(names, deltas, rule)
+        merged = [combine(b, d, keep, rule) for (b, *_), d, keep in zip(with_base, deltas, kept, strict=True)]
+    return [
+        canonical_nan(round_to(out, dtype)).reshape(shape)
+        for out, dtype, shape in zip(merged, out_dtypes, shapes, strict=True)
+    ]
+
+
+def check_group(
+    names: Sequence[str], bases: Sequence[Tensor] | None, experts: Sequence[Sequence[Tensor]], rule: Rule
+) -> None:
+    """Raises ValueError for a group that the rule does not describe."""
+    if rule.task_vector != (bases is not None):
+        raise ValueError(
+            f"a rule with task_vector={rule.task_vector} met bases={'no' if bases is None else 'given'}"
+        )
+    if len(experts) != len(names) or (bases is not None and len(bases) != len(names)):
+        raise ValueError(f"{len(names)} names came with {len(experts)} lists of experts")
+    for name, xs in zip(names, experts, strict=True):
+        if not len(xs) == len(rule.weights) == len(rule.densities) > 0:
+            raise ValueError(
+                f"tensor {name!r} has {len(xs)} experts, the rule {len(rule.weights)} weights "
+                f"and {len(rule.densities)} densities"
+            )
+
+
+# -- types and bits -----------------------------------------------------------------------------------------
+
+
+def prepare(x: Tensor, cast: torch.dtype | None) -> Tensor:
+    """An input as a flat tensor, rounded to `cast` when there is one."""
+    flat = x.detach().reshape(-1)
+    return flat if cast is None else round_to(flat, cast)
+
+
+def in_working_type(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """All inputs of one tensor, widened (exactly) to f64 if one of them is f64, else to f32."""
+    working = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    return [x.to(working) for x in inputs]
+
+
+def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, rounded once, to nearest even."""
+    if x.dtype == torch.float64 and dtype in (torch.bfloat16, torch.float16):
+        x = round_to_odd_f32(x)  # torch goes by way of f32 and would round twice
+    return x.to(dtype)
+
+
+def round_to_odd_f32(x: Tensor) -> Tensor:
+    """f64 to f32 so that a second rounding to 16 bits gives what one rounding would have given.
+
+    An inexact result becomes the neighbour with an odd last bit, so it never looks like a halfway case.
+    """
+    nearest = x.to(torch.float32)
+    bits = nearest.view(torch.int32)
+    back = nearest.to(torch.float64)
+    move = (back != x) & ~torch.isnan(x) & (bits & 1 == 0)
+    toward_x = torch.where(back.abs() < x.abs(), 1, -1).to(
+        torch.int32
+    )  # in magnitude: bits are sign-magnitude
+    return torch.where(move, bits + toward_x, bits).view(torch.float32)
+
+
+def canonical_nan(x: Tensor) -> Tensor:
+    """`x` with every NaN replaced by the one positive quiet NaN of its type."""
+    nan = torch.tensor(CANONICAL_NAN[x.dtype], dtype=BITS[x.dtype], device=x.device)
+    return torch.where(torch.isnan(x), nan, x.view(BITS[x.dtype])).view(x.dtype)
+
+
+def magnitude(d: Tensor) -> Tensor:
+    """m = bits(|d|) as an integer that orders like |d|, with all NaNs equal and highest."""
+    bits = d.view(BITS[d.dtype]) & SIGN_CLEARED[d.dtype]
+    return bits.clamp(max=CANONICAL_NAN[d.dtype])
+
+
+# -- trim ---------------------------------------------------------------------------------------------------
+
+
+def trim(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: Rule) -> list[list[Tensor]]:
+    """Which entries take part: one bool mask per tensor and expert, shaped as `deltas`."""
+    if rule.trim is Trim.MAGNITUDE and rule.scope is Scope.MODEL:
+        return trim_model(names, deltas, rule)
+    return [
+        [
+            trim_one(name, k, d, density, rule)
+            for k, (d, density) in enumerate(zip(ds, rule.densities, strict=True))
+        ]
+        for name, ds in zip(names, deltas, strict=True)
+    ]
+
+
+def trim_one(name: str, expert: int, d: Tensor, density: float, rule: Rule) -> Tensor:
+    """The mask of one expert's task vector for one tensor."""
+    if rule.trim is Trim.NONE or density >= 1:
+        return torch.ones_like(d, dtype=torch.bool)
+    if density <= 0:
+        return torch.zeros_like(d, dtype=torch.bool)
+    if rule.trim is Trim.RANDOM:
+        words = element_words(tensor_key(rule.seed, name), expert, d.numel())
+        return torch.from_numpy(words < keep_below(density)).to(d.device)
+    return select(magnitude(d), density, rule.threshold_ties)
+
+
+def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: Rule) -> list[list[Tensor]]:
+    """Scope MODEL: the tensors, in sorted name order, trimmed as if they were one."""
+    order = sorted(range(len(names)), key=lambda i: names[i])
+    kept: list[list[Tensor]] = [[] for _ in names]
+    for k, density in enumerate(rule.densities):
+        widest = max((ds[k].dtype for ds in deltas), key=lambda dtype: dtype.itemsize)
+        flat = torch.cat([deltas[i][k].to(widest) for i in order])
+        mask = trim_one("", k, flat, density, rule)
+        ends = torch.tensor([0] + [deltas[i][k].numel() for i in order]).cumsum(0).tolist()
+        for i, (begin, end) in zip(order, pairwise(ends), strict=True):
+            kept[i].append(mask[begin:end])
+    return kept
+
+
+def select(magnitudes: Tensor, density: float, ties: ThresholdTies) -> Tensor:
+    """The mask of the k largest magnitudes, k = int(density * n) and at least 1; density in (0, 1)."""
+    n = magnitudes.numel()
+    if n == 0:
+        return torch.zeros(0, dtype=torch.bool, device=magnitudes.device)
+    k = max(1, int(density * n))
+    descending, index = torch.sort(magnitudes, descending=True, stable=True)
+    if ties is ThresholdTies.ALL:
+        return magnitudes >= descending[k - 1]
+    mask = torch.zeros(n, dtype=torch.bool, device=magnitudes.device)
+    mask[index[:k]] = True
+    return mask
+
+
+# -- rescale ------------------------------------------------------------------------------------------------
+
+
+def rescale(d: Tensor, keep: Tensor, density: float) -> Tensor:
+    """What a task vector is multiplied by so that trimming leaves its L1 norm; a scalar of d's type."""
+    one = torch.ones((), dtype=d.dtype, device=d.device)
+    if density >= 1:
+        return one
+    size = d.abs().to(torch.float64)
+    before = ordered_sum(size)
+    after = ordered_sum(torch.where(keep, size, 0.0))
+    if before < TINY_SUM or after < TINY_SUM:
+        return one
+    return (before / after).to(d.dtype)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The f64 sum of a flat f64 tensor, in the one order that all backends use.
+
+    Element i of a block of 65,536 adds to lane i % 16 in index order; the lanes of a block add up in order
+    0..15; the blocks add up in index order. Padding with +0 changes no bit of a sum that starts at +0.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    rows = min(REDUCTION_BLOCK, -(-x.numel() // REDUCTION_LANES) * REDUCTION_LANES) // REDUCTION_LANES
+    if rows == 0:
+        return total
+    padding = -x.numel() % (rows * REDUCTION_LANES)
+    blocks = torch.nn.functional.pad(x, (0, padding)).view(-1, rows, REDUCTION_LANES)
+    lanes = torch.zeros_like(blocks[:, 0])
+    for row in blocks.unbind(1):
+        lanes = lanes + row
+    sums = torch.zeros_like(lanes[:, 0])
+    for lane in lanes.unbind(1):
+        sums = sums + lane
+    for block in sums:
+        total = total + block
+    return total
+
+
+# -- elect and combine --------------------------------------------------------------------------------------
+
+
+def elect(values: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The sum of the kept values, and which kept values are on its side (zeros are on neither)."""
+    mass = torch.zeros_like(values[0])
+    for v, keep in zip(values, kept, strict=True):
+        mass = mass + torch.where(keep, v, 0.0)
+    positive = mass >= 0
+    agree = [keep & torch.where(positive, v > 0, v < 0) for v, keep in zip(values, kept, strict=True)]
+    return mass, agree
+
+
+def combine(base: Tensor, deltas: Sequence[Tensor], kept: Sequence[Tensor], rule: Rule) -> Tensor:
+    """One merged tensor in the working type: the base plus lambda times the merged task vector."""
+    weights = [base.new_tensor(w) for w in rule.weights]
+    values = [
+        (d * rescale(d, keep, density) if rule.rescale else d) * w
+        for d, keep, density, w in zip(deltas, kept, rule.densities, weights, strict=True)
+    ]
+    mass = None
+    if rule.elect:
+        mass, kept = elect(values, kept)
+    num, den = torch.zeros_like(base), torch.zeros_like(base)
+    for v, keep, w in zip(values, kept, weights, strict=True):
+        num = num + torch.where(keep, v, 0.0)
+        den = den + (torch.where(keep, w, 0.0) if rule.elect else w)
+    if rule.normalize:
+        empty = den == 0 if rule.elect else den.abs() < base.new_tensor(TINY_WEIGHT)
+        num = num / torch.where(empty, 1.0, den)
+    out = base + num * base.new_tensor(rule.lambda_)
+    return out if mass is None else torch.where(torch.isnan(mass), torch.nan, out)
+
+
+def combine_linear(inputs: Sequence[Tensor], rule: Rule) -> Tensor:
+    """The weighted sum, or mean, of whole tensors in the working type: no base, no trim, no lambda."""
+    num = torch.zeros_like(inputs[0])
+    den = torch.zeros_like(inputs[0])
+    for x, weight in zip(inputs, rule.weights, strict=True):
+        w = num.new_tensor(weight)
+        num = num + x * w
+        den = den + w
+    return num / den if rule.normalize else num

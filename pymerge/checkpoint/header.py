@@ -1,0 +1,333 @@
+"""Safetensors headers: read one from any file, hostile or not, and write one.
+
+Promise of the reader: it accepts a subset of what the safetensors library accepts, with the same
+meaning. Refused beyond the library: a name that stands twice, fields nobody knows, blanks before
+the `{`, more than 64 dimensions, sizes of 2**63 and more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pymerge.dtypes import BY_HEADER_NAME, DType
+from pymerge.errors import CheckpointError, OutputError
+
+MAX_HEADER_BYTES = 25_000_000  # huggingface_hub's own limit; hostile JSON costs up to 23 times its size
+MAX_RANK = 64
+DATA_ALIGNMENT = 64
+METADATA_KEY = "__metadata__"
+
+_ODD_NUMBER = re.compile(rb"-|\d{19}")  # where there is none, json's own fast integers are all sizes
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_FOREIGN = (
+    (
+        (b"version https://git-lfs",),
+        "a git-LFS pointer and not the file itself; fetch it with `git lfs pull`",
+    ),
+    (
+        (b"PK\x03\x04",),
+        "a zip archive as torch.save writes; pickled weights are refused, convert to safetensors",
+    ),
+    (
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+        "a pickle, which can run code when loaded and is refused; convert it to safetensors",
+    ),
+    ((b"GGUF",), "a GGUF file and not a safetensors file"),
+    (
+        (b"<!DOCTYPE", b"<!doctype", b"<html", b"<?xml"),
+        "a web page and not a safetensors file; download it again",
+    ),
+    ((b'{"', b"{\n", b"{\r", b"{ "), "a JSON text and not a safetensors file"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file; `begin` and `end` are absolute byte offsets in that file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A whole header: tensors in the order of their bytes; `digest` is the sha256 of length and JSON."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    digest: str
+    file_size: int
+    mtime_ns: int
+
+
+class Malformed(ValueError):
+    """What is wrong with a text or header, as a clause without the file's name."""
+
+
+def shown(value: object) -> str:
+    """`value` for a message: control characters escaped, long names and lists shortened."""
+    brief = reprlib.Repr()
+    brief.maxstring, brief.maxlist, brief.maxother = 120, 8, 60
+    return brief.repr(value)
+
+
+def shown_path(path: Path) -> str:
+    """`path` for a message: as it is when printable, else escaped."""
+    text = str(path)
+    return text if text.isprintable() else repr(text)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A read-only descriptor of a regular file; anything else, or no file, is a CheckpointError."""
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        broken = os.path.islink(path)
+        what = "the symbolic link leads to no file" if broken else "the file does not exist"
+        raise CheckpointError(f"{shown_path(path)}: {what}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{shown_path(path)}: the file cannot be opened: {reason}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CheckpointError(f"{shown_path(path)}: this is not a regular file")
+        yield fd
+    except OSError as error:
+        raise CheckpointError(f"{shown_path(path)}: the file cannot be read: {error.strerror}") from error
+    finally:
+        os.close(fd)
+
+
+def read_exactly(fd: int, count: int, offset: int) -> bytes:
+    """`count` bytes from `offset`; Malformed when the file ends before them."""
+    parts = []
+    while count > 0:
+        part = os.pread(fd, count, offset)
+        if not part:
+            raise Malformed(f"the file is truncated: it ends at byte {offset}, expected {count} bytes more")
+        parts.append(part)
+        count -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+    """The checked header of one safetensors file.
+
+    Raises CheckpointError with one sentence naming the file, and the tensor where there is one.
+    """
+    with open_regular(path) as fd:
+        status = os.fstat(fd)
+        try:
+            raw = _raw_header(fd, status.st_size, max_header_bytes)
+            tensors, metadata = _parse(raw, status.st_size)
+        except Malformed as problem:
+            raise CheckpointError(f"{shown_path(path)}: {problem}") from None
+    return Header(tensors, metadata, hashlib.sha256(raw).hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def _raw_header(fd: int, file_size: int, limit: int) -> bytes:
+    """The 8 bytes of length and the JSON after them, as they stand in the file."""
+    head = read_exactly(fd, min(file_size, 32), 0)
+    length = int.from_bytes(head[:8], "little")
+    problem = None
+    if file_size < 8:
+        problem = f"the file is too short for safetensors: {file_size} bytes, expected at least 10"
+    elif length > limit:
+        problem = f"the file claims a header of {length} bytes, allowed are at most {limit}"
+    elif 8 + length > file_size:
+        problem = f"the file is truncated: its header ends at byte {8 + length}, the file at {file_size}"
+    elif length < 2 or head[8:9] != b"{":
+        problem = "this is not a safetensors file: its header does not begin with {"
+    if problem:
+        # A true header that was cut short may begin with any length, so with any of the magic bytes.
+        named = _FOREIGN if head[8:9] != b"{" else ()
+        raise Malformed(next((f"this is {what}" for magic, what in named if head.startswith(magic)), problem))
+    return read_exactly(fd, 8 + length, 0)
+
+
+class _NotASize:
+    """A number that can be no size (a fraction, negative, huge, NaN), kept as text for the message."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def _size(text: str) -> int | _NotASize:
+    # -0 is an integer to json but not to the reference.
+    small = text[0] != "-" and len(text) <= 19 and int(text) < 1 << 63
+    return int(text) if small else _NotASize(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise Malformed(f"the JSON lists {shown(twice)} twice")
+    return found
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """A JSON object in strict UTF-8; Malformed on anything else and on names that stand twice.
+
+    Integers of 2**63 and more, fractions and NaN come back as opaque objects, never as numbers.
+    """
+    try:
+        found = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_size if _ODD_NUMBER.search(raw) else int,
+            parse_float=_NotASize,
+            parse_constant=_NotASize,
+        )
+    except UnicodeDecodeError as error:
+        raise Malformed(f"the JSON is not UTF-8 at its byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise Malformed(f"the JSON is malformed at its character {error.pos}: {error.msg}") from None
+    except RecursionError:
+        raise Malformed("the JSON is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise Malformed("the JSON is not an object")
+    return found
+
+
+def _parse(raw: bytes, file_size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    top = parse_object(raw[8:])
+    metadata = _metadata(top.pop(METADATA_KEY, None))
+    if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair
+        _refuse_surrogates([*top, *metadata, *metadata.values()])
+    start = len(raw)
+    entries = [(name, _entry(name, value, start)) for name, value in top.items()]
+    entries.sort(key=lambda item: (item[1].begin, item[1].end))
+    at = start
+    for name, entry in entries:
+        if entry.begin != at:
+            what = "leaves a hole after" if entry.begin > at else "overlaps"
+            raise Malformed(
+                f"tensor {shown(name)} {what} the tensor before it:"
+                f" it begins at byte {entry.begin - start} of the data, expected {at - start}"
+            )
+        at = entry.end
+    if file_size < at:
+        raise Malformed(f"the file is truncated: its header describes {at} bytes, the file has {file_size}")
+    if file_size > at:
+        raise Malformed(
+            f"the file goes on after its last tensor: its header describes {at} bytes,"
+            f" the file has {file_size}"
+        )
+    return dict(entries), metadata
+
+
+def _metadata(value: Any) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise Malformed(f"{METADATA_KEY} is not a map from strings to strings")
+    return value
+
+
+def _refuse_surrogates(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise Malformed(f"the name or text {shown(text)} is not valid Unicode") from None
+
+
+def _entry(name: str, value: Any, start: int) -> TensorEntry:
+    if not isinstance(value, dict) or value.keys() != _FIELDS:
+        raise Malformed(f"tensor {shown(name)} must have exactly the fields dtype, shape and data_offsets")
+    header_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    dtype = BY_HEADER_NAME.get(header_name) if isinstance(header_name, str) else None
+    if dtype is None:
+        raise Malformed(f"tensor {shown(name)} has the unknown dtype {shown(header_name)}")
+    if not _are_sizes(shape):
+        raise Malformed(f"tensor {shown(name)} has the shape {shown(shape)}, which is not a list of sizes")
+    if len(shape) > MAX_RANK:
+        raise Malformed(f"tensor {shown(name)} has {len(shape)} dimensions, more than {MAX_RANK}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise Malformed(f"tensor {shown(name)} has the data_offsets {shown(offsets)}, expected two sizes")
+    begin, end = offsets
+    bits = _bits(name, shape, dtype)
+    if bits % 8:
+        raise Malformed(f"tensor {shown(name)} is {header_name} {shown(shape)}, which is not whole bytes")
+    if end - begin != bits // 8:
+        raise Malformed(
+            f"tensor {shown(name)} has {end - begin} bytes by its data_offsets,"
+            f" expected {bits // 8} for {header_name} {shown(shape)}"
+        )
+    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    # type() and not isinstance(): True is an int to Python, not to JSON.
+    return isinstance(value, list) and set(map(type, value)) <= {int}
+
+
+def _bits(name: str, shape: list[int], dtype: DType) -> int:
+    count = 1
+    for size in shape:  # left to right with the reference's overflow rule: [2**62, 4, 0] is an error
+        count *= size
+        if count >= 1 << 64:
+            break
+    if count * dtype.bits >= 1 << 64:
+        raise Malformed(f"tensor {shown(name)} has the shape {shown(shape)}, more than 2**64 bits")
+    return count * dtype.bits
+
+
+def encode_header(
+    entries: Sequence[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes before the data (length, JSON, blanks up to a multiple of 64) and where each tensor begins.
+
+    `entries`: (name, dtype, shape), laid without gaps in the given order. Offsets are absolute bytes.
+    Raises ValueError for a name given twice or a tensor that is not whole bytes, OutputError when
+    the header would be too large for other readers.
+    """
+    table: dict[str, object] = {METADATA_KEY: dict(metadata)}
+    begins: dict[str, int] = {}
+    at = 0
+    for name, dtype, shape in entries:
+        size, rest = divmod(math.prod(shape) * dtype.bits, 8)
+        if name in table or rest:
+            raise ValueError(f"tensor {shown(name)} is listed twice or is not whole bytes")
+        table[name] = {"dtype": dtype.header_name, "shape": list(shape), "data_offsets": [at, at + size]}
+        begins[name] = at
+        at += size
+    if not metadata:
+        del table[METADATA_KEY]
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    if len(text) > MAX_HEADER_BYTES:
+        raise OutputError(
+            f"the header of one output shard takes {len(text)} bytes, more than the {MAX_HEADER_BYTES} that"
+            " readers accept; choose a smaller maximum shard size"
+        )
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + begin for name, begin in begins.items()}

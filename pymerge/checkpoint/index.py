@@ -1,0 +1,230 @@
+"""A checkpoint on disk: one safetensors file, or a folder of shards with or without an index."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymerge.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Header,
+    Malformed,
+    TensorEntry,
+    open_regular,
+    parse_object,
+    read_exactly,
+    read_header,
+    shown,
+    shown_path,
+)
+from pymerge.errors import CheckpointError, ProblemList
+
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_SUFFIX = ".safetensors"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
+_SHOWN_AT_MOST = 20  # tensors of one kind of problem; a wrong file can hold tens of thousands
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a checkpoint."""
+
+    path: Path
+    header: Header
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor lies: the number of its shard and its entry there."""
+
+    shard: int
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All headers of one checkpoint. `tensors` is in the order of the bytes, shard after shard."""
+
+    path: Path
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorRef]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read every header of the checkpoint at `path`, a folder or one safetensors file.
+
+    Raises CheckpointError for one problem and ProblemList for several found together; each is
+    one sentence naming file and tensor. Reads no tensor data. Files may be symbolic links.
+    """
+    if not _is_folder(path):
+        return _checkpoint(path, [Shard(path, read_header(path))])
+    weights = _weights_of(path)
+    if weights.name.endswith(_INDEX_SUFFIX):
+        return _checkpoint(path, _indexed_shards(path, weights))
+    return _checkpoint(path, [Shard(weights, read_header(weights))])
+
+
+def _checkpoint(path: Path, shards: Sequence[Shard]) -> Checkpoint:
+    tensors = {
+        name: TensorRef(number, entry)
+        for number, shard in enumerate(shards)
+        for name, entry in shard.header.tensors.items()
+    }
+    return Checkpoint(path, tuple(shards), tensors)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        raise CheckpointError(f"{shown_path(path)}: no such folder or file") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"{shown_path(path)}: the folder cannot be opened: {reason}") from None
+
+
+def _weights_of(folder: Path) -> Path:
+    """The index or the one file that holds the folder's weights."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{shown_path(folder)}: the folder cannot be read: {error.strerror}") from None
+    indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    files = [name for name in names if name.endswith(_SUFFIX)]
+    if INDEX_NAME in indexes:
+        return folder / INDEX_NAME
+    if SINGLE_NAME in files and not indexes:
+        return folder / SINGLE_NAME
+    if SINGLE_NAME in files or len(indexes) > 1:
+        rivals = [name for name in files if name == SINGLE_NAME] + indexes
+        raise CheckpointError(_ambiguous(folder, rivals))
+    if indexes:
+        return folder / indexes[0]
+    return folder / _only_file(folder, files, names)
+
+
+def _ambiguous(folder: Path, names: Sequence[str]) -> str:
+    return (
+        f"{shown_path(folder)}: the folder is ambiguous, it holds {' and '.join(map(shown, names))};"
+        " remove all but one or name the file"
+    )
+
+
+def _only_file(folder: Path, files: Sequence[str], names: Sequence[str]) -> str:
+    where = shown_path(folder)
+    number = _SHARD_NUMBER.search(files[0]) if files else None
+    if len(files) > 1 or (number and int(number[2]) != 1):
+        listed = ", ".join(map(shown, files[:3])) + (", ..." if len(files) > 3 else "")
+        raise CheckpointError(f"{where}: the folder holds shards ({listed}) but no {INDEX_NAME}")
+    if files:
+        return files[0]
+    pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
+    if pickles:
+        raise CheckpointError(
+            f"{where}: the folder holds only pickled weights ({shown(pickles[0])}), which can run code when"
+            " loaded and are refused; convert them to safetensors, for example with transformers'"
+            " save_pretrained"
+        )
+    raise CheckpointError(f"{where}: the folder holds no safetensors file")
+
+
+def _indexed_shards(folder: Path, index: Path) -> list[Shard]:
+    weight_map = _read_index(index)
+    file_names = sorted(set(weight_map.values()))
+    problems = [
+        f"{shown_path(index)}: {shown(name)} is not the plain name of a {_SUFFIX} file in the same folder"
+        for name in file_names
+        if not _is_plain(name)
+    ]
+    if SINGLE_NAME not in file_names and os.path.lexists(folder / SINGLE_NAME):
+        problems.append(_ambiguous(folder, [SINGLE_NAME, index.name]))
+    if problems:  # nothing is opened by a name that should not be trusted
+        _refuse(problems)
+    headers: dict[str, Header] = {}
+    for name in file_names:
+        if not os.path.lexists(folder / name):
+            problems.append(
+                f"{shown_path(folder / name)}: this shard is missing, {shown(index.name)} names it"
+            )
+            continue
+        try:
+            headers[name] = read_header(folder / name)
+        except CheckpointError as problem:
+            problems.append(str(problem))
+    problems += _disagreements(folder, index, weight_map, headers)
+    if problems:
+        _refuse(problems)
+    return [Shard(folder / name, headers[name]) for name in file_names]
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    raise CheckpointError(problems[0]) if len(problems) == 1 else ProblemList(problems)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The checked weight_map: tensor name to file name."""
+    with open_regular(path) as fd:
+        size = os.fstat(fd).st_size
+        try:
+            if size > MAX_HEADER_BYTES:
+                raise Malformed(f"the index has {size} bytes, allowed are at most {MAX_HEADER_BYTES}")
+            weight_map = parse_object(read_exactly(fd, size, 0)).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise Malformed("the index has no weight_map that lists tensors")
+            for tensor, file_name in weight_map.items():
+                if not isinstance(file_name, str):
+                    raise Malformed(f"the index gives tensor {shown(tensor)} no file name")
+        except Malformed as problem:
+            raise CheckpointError(f"{shown_path(path)}: {problem}") from None
+    return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    """One path component on every system, that ends in .safetensors and can be a file name."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return name.endswith(_SUFFIX) and name != _SUFFIX and not set(name) & set("/\\:\0")
+
+
+def _disagreements(
+    folder: Path, index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]
+) -> list[str]:
+    """One sentence for each tensor about which the index and the shards that could be read disagree."""
+    places: dict[str, list[str]] = {}
+    for file_name, header in headers.items():
+        for tensor in header.tensors:
+            places.setdefault(tensor, []).append(file_name)
+    twice, unlisted, elsewhere, absent = [], [], [], []
+    for tensor, found in places.items():
+        listed = weight_map.get(tensor)
+        if len(found) > 1:
+            files = " and ".join(map(shown, found))
+            twice.append(f"{shown_path(folder)}: tensor {shown(tensor)} lies in {files}, expected one file")
+        elif listed is None:
+            where = shown_path(folder / found[0])
+            unlisted.append(f"{where}: tensor {shown(tensor)} is in the file but not in {shown(index.name)}")
+        elif listed != found[0]:
+            where = shown_path(index)
+            elsewhere.append(
+                f"{where}: tensor {shown(tensor)} is listed in {shown(listed)} but lies in {shown(found[0])}"
+            )
+    for tensor, listed in weight_map.items():
+        if listed in headers and tensor not in places:
+            where = shown_path(folder / listed)
+            absent.append(f"{where}: tensor {shown(tensor)} is in {shown(index.name)} but not in the file")
+    return [line for kind in (twice, unlisted, elsewhere, absent) for line in _shortened(kind)]
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    more = len(lines) - _SHOWN_AT_MOST
+    return lines if more <= 1 else [*lines[:_SHOWN_AT_MOST], f"... and {more} more tensors like the last one"]

@@ -1,0 +1,95 @@
+"""How the output is cut into files: names, headers, offsets and the index, before a byte is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pymerge.checkpoint.header import encode_header, shown
+from pymerge.dtypes import DType
+from pymerge.errors import PymergeError
+
+FILE_PATTERN = "model{suffix}.safetensors"
+METADATA = {"format": "pt"}  # transformers refuses files without it
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One tensor to be written."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.bits // 8
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """One output file: the bytes before its data, each tensor's absolute byte offset, the whole size."""
+
+    file_name: str
+    header: bytes
+    offsets: dict[str, int]
+    size: int
+    tensors: tuple[OutputTensor, ...]
+
+
+def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[ShardLayout, ...]:
+    """Shards of at most `max_shard_bytes` of data each, filled in the given order.
+
+    A tensor larger than that gets a file of its own. Inside a file: wide types first, then by
+    name, so that every tensor is aligned to its element. Names as transformers writes them.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory  # late: 50 ms
+
+    by_name = {tensor.name: tensor for tensor in tensors}
+    if len(by_name) != len(tensors) or max_shard_bytes < 1:
+        raise ValueError("output names must differ and a shard must hold at least one byte")
+    split = split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern=FILE_PATTERN,
+        max_shard_size=max_shard_bytes,
+    )
+    return tuple(
+        _shard(file_name, [by_name[name] for name in names])
+        for file_name, names in split.filename_to_tensors.items()
+    )
+
+
+def _shard(file_name: str, tensors: list[OutputTensor]) -> ShardLayout:
+    tensors.sort(key=lambda tensor: (-tensor.dtype.bits, tensor.name))
+    header, offsets = encode_header([(t.name, t.dtype, t.shape) for t in tensors], METADATA)
+    size = len(header) + sum(tensor.size for tensor in tensors)
+    return ShardLayout(file_name, header, offsets, size, tuple(tensors))
+
+
+def index_json(layouts: Sequence[ShardLayout]) -> bytes | None:
+    """The text of `index.INDEX_NAME`; None when one file needs no index."""
+    if len(layouts) <= 1:
+        return None
+    total = sum(tensor.size for layout in layouts for tensor in layout.tensors)
+    weight_map = {tensor.name: layout.file_name for layout in layouts for tensor in layout.tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def parse_size(text: str) -> int:
+    """Bytes for "5GB", "500 MB", "1.5GB" (decimal units), "4GiB" (binary units) or a plain number."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper(), re.ASCII)
+    units = _BINARY_UNITS if match and match[3] else _UNITS
+    # Digits are bounded so that no conversion overflows.
+    size = int(float(match[1]) * units[match[2]]) if match and match[2] in units and len(text) < 32 else 0
+    if size < 1:
+        raise PymergeError(f"{shown(text)} is not a size of at least one byte such as 500MB, 5GB or 4GiB")
+    return size

@@ -1,0 +1,246 @@
+"""The command line. Commands import what they need when they run, so that --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from pymerge.errors import ProblemList, PymergeError
+from pymerge.version import VERSION
+
+if TYPE_CHECKING:
+    from pymerge.planner import Plan
+
+EXIT_DIFFERENT = 1
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+_PATH = click.Path(path_type=Path)
+
+
+class Terminated(BaseException):
+    """SIGTERM came; unwinds like KeyboardInterrupt."""
+
+
+class _Group(click.Group):
+    """Turns the program's own errors into a sentence on stderr and an exit code, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except ProblemList as error:
+            for problem in error.problems:
+                click.echo(f"pymerge: {problem}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except PymergeError as error:
+            click.echo(f"pymerge: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except (KeyboardInterrupt, Terminated) as stop:
+            again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""
+            interrupted = isinstance(stop, KeyboardInterrupt)
+            click.echo(f"pymerge: {'interrupted' if interrupted else 'terminated'}{again}", err=True)
+            ctx.exit(EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _shared(command: Any) -> Any:
+    """The options that a plan depends on."""
+    for option in (
+        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file."),
+        click.option("--dtype", metavar="TYPE", help="Element type of the output, before the recipe's."),
+        click.option("--threads", type=click.IntRange(min=1), help="Worker threads.  [default: processors]"),
+        click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB."),
+        click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="pymerge")
+def main() -> None:
+    """Merge model checkpoints: exact, in one pass, in little memory."""
+
+
+@main.command()
+@click.argument("recipe", type=_PATH)
+@click.argument("out", type=_PATH)
+@_shared
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+@click.option("--backend", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option("--tile", type=click.IntRange(min=64), hidden=True)
+@click.option("--isa", default="auto", hidden=True)
+def merge(
+    recipe: Path,
+    out: Path,
+    max_shard_size: str,
+    dtype: str | None,
+    threads: int | None,
+    max_memory: str | None,
+    as_json: bool,
+    quiet: bool,
+    backend: str,
+    tile: int | None,
+    isa: str,
+) -> None:
+    """Merge as the YAML file RECIPE says into the new folder OUT.
+
+    OUT appears complete or not at all. An interrupted merge continues when the same command runs again.
+    """
+    from pymerge.api import plan as make_plan
+    from pymerge.backends.native import Isa
+    from pymerge.run.local import execute_plan
+    from pymerge.run.progress import Bar, Silent
+    from pymerge.run.settings import settings_for
+
+    known = {member.name.lower(): member for member in Isa}
+    if isa not in known:
+        raise click.UsageError(f"--isa {isa} is not known; known are {', '.join(known)}")
+    planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
+    settings = settings_for(planned, threads=threads, max_memory=_size(max_memory), tile=tile, isa=known[isa])
+    if not (quiet or as_json):
+        _show_notes(planned)
+    if quiet:
+        summary = execute_plan(planned, out, settings, Silent())
+    else:
+        with Bar(sys.stderr) as bar:
+            summary = execute_plan(planned, out, settings, bar)
+    if as_json:
+        click.echo(json.dumps(summary.as_dict(), indent=2))
+    elif not quiet:
+        click.echo(summary.describe())
+
+
+@main.command()
+@click.argument("recipe", type=_PATH)
+@click.argument("out", type=_PATH, required=False)
+@_shared
+def plan(
+    recipe: Path,
+    out: Path | None,
+    max_shard_size: str,
+    dtype: str | None,
+    threads: int | None,
+    max_memory: str | None,
+    as_json: bool,
+) -> None:
+    """Show what merging RECIPE (into OUT) would do; reads headers only and reports every problem at once."""
+    from pymerge.api import plan as make_plan
+    from pymerge.plan_memory import budget
+
+    planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
+    shares = budget(planned, threads, _size(max_memory))
+    if as_json:
+        click.echo(
+            json.dumps({**planned.summary(), "memory": shares.total, "threads": shares.threads}, indent=2)
+        )
+        return
+    click.echo(planned.describe())
+    click.echo(f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter")
+    _show_notes(planned)
+
+
+@main.command()
+@click.argument("folder", type=_PATH, required=False)
+def demo(folder: Path | None) -> None:
+    """Make a base and eight experts, merge them by every method, check and time the results.
+
+    The files stay when FOLDER is given.
+    """
+    from pymerge.demo import run_demo
+
+    if not run_demo(folder, click.echo):
+        sys.exit(EXIT_DIFFERENT)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """Show versions, processor features, threads and backends."""
+    from pymerge.info import gather
+
+    facts = gather()
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    for name, value in facts.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        click.echo(f"{name:<16} {text}")
+
+
+@main.command()
+def methods() -> None:
+    """List the merge methods and their defaults."""
+    from pymerge.methods import METHODS
+
+    for method in METHODS.values():
+        click.echo(f"{method.name:<16} {method.summary}")
+        flags = f"trim {method.trim.value}, elect {'yes' if method.elect else 'no'}"
+        click.echo(f"{'':<16} {flags}, normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}")
+
+
+@main.command()
+@click.argument("method")
+def explain(method: str) -> None:
+    """Show what METHOD needs and does: statistics, stages, passes over the inputs, bytes."""
+    from pymerge.methods import explain as explained
+    from pymerge.methods import method_named
+
+    click.echo(explained(method_named(method)))
+
+
+@main.command()
+@click.argument("out", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def verify(out: Path, as_json: bool) -> None:
+    """Hash the files of the merged checkpoint OUT again and compare with its manifest."""
+    from pymerge.verify import verify as verified
+
+    result = verified(out)
+    if as_json:
+        click.echo(json.dumps({"files": result.files, "bytes": result.bytes, "intact": True}))
+    else:
+        click.echo(f"{out}: {result.files} files, {result.bytes:,} bytes, all as the manifest says")
+
+
+@main.command()
+@click.argument("a", type=_PATH)
+@click.argument("b", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Compare the checkpoints A and B bit by bit; exits with 1 when they differ."""
+    from pymerge.diff import describe
+    from pymerge.diff import diff as compared
+
+    difference = compared(a, b)
+    click.echo(json.dumps(difference.as_dict(), indent=2) if as_json else describe(difference))
+    if not difference.is_equal:
+        sys.exit(EXIT_DIFFERENT)
+
+
+def _show_notes(planned: Plan) -> None:
+    for note in planned.notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def _size(text: str | None) -> int | None:
+    from pymerge.checkpoint.layout import parse_size
+
+    return None if text is None else parse_size(text)
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"

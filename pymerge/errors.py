@@ -1,0 +1,37 @@
+"""What can go wrong, as exceptions whose text is one clear sentence for the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PymergeError(Exception):
+    """Any problem the user can act on; the command line prints it and exits with 2."""
+
+
+class RecipeError(PymergeError):
+    """The recipe asks for something unknown, contradictory or unsupported."""
+
+
+class CheckpointError(PymergeError):
+    """A checkpoint file is missing, damaged, hostile or not what its header says."""
+
+
+class OutputError(PymergeError):
+    """The output cannot be written where it was asked for."""
+
+
+class BackendError(PymergeError):
+    """A backend is missing or cannot take this input."""
+
+
+class ProblemList(PymergeError):
+    """Several problems found together; `problems` holds one sentence each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class Cancelled(PymergeError):
+    """The run was stopped on request; what is finished stays in the staging folder."""

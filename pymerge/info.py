@@ -1,0 +1,22 @@
+"""What this installation can do on this machine."""
+
+from __future__ import annotations
+
+import platform
+from importlib.util import find_spec
+from typing import Any
+
+from pymerge.backends.native import cpu_features
+from pymerge.version import NUMERICS_VERSION, VERSION
+
+
+def gather() -> dict[str, Any]:
+    """Versions, processor features, threads and backends, JSON-ready."""
+    return {
+        "pymerge": VERSION,
+        "numerics": NUMERICS_VERSION,
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        **cpu_features(),
+        "backends": ["cpu"] + (["reference"] if find_spec("torch") else []),
+    }

@@ -1,0 +1,167 @@
+"""What headers, folders and the file system can show to be wrong before anything is merged."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pymerge.checkpoint.header import TensorEntry, shown
+from pymerge.checkpoint.index import Checkpoint, TensorRef
+from pymerge.recipe import Recipe
+
+# A broken model may break every tensor; so many are named, the rest counted.
+NAMED = 3
+MAX_CONFIG_BYTES = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One checkpoint of a plan; `first_file` is the file number of its first shard."""
+
+    checkpoint: Checkpoint
+    is_base: bool
+    first_file: int
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{'base' if self.is_base else 'expert'} {self.checkpoint.path}"
+
+
+def check_inputs(inputs: Sequence[Input], problems: list[str]) -> None:
+    """Refuse quantized checkpoints: their numbers mean nothing without their scales."""
+    for source in inputs:
+        folder = source.checkpoint.path if source.checkpoint.path.is_dir() else source.checkpoint.path.parent
+        if _is_quantized(folder / "config.json"):
+            problems.append(
+                f"{source.label} is quantized (quantization_config in config.json), which is not supported"
+            )
+
+
+def _is_quantized(config: Path) -> bool:
+    try:
+        with config.open("rb") as file:
+            content = json.loads(file.read(MAX_CONFIG_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and bool(content.get("quantization_config"))
+
+
+def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
+    """The names of the tensors to merge, in the file order of the first input; a mismatch is a problem."""
+    if not inputs:
+        return []
+    first, others = inputs[0], inputs[1:]
+    table = first.checkpoint.tensors
+    _check_dtypes(first, problems)
+    for other in others:
+        found = other.checkpoint.tensors
+        _check_names(first, other, problems)
+        _check_dtypes(other, problems)
+        clashes = (
+            clash
+            for name, ref in table.items()
+            if (theirs := found.get(name)) is not None and (clash := _clash(name, ref, theirs, first))
+        )
+        _report(f"{other.label}: ", "tensors that do not fit", clashes, problems)
+    if not table:
+        problems.append(f"{first.label} has no tensors")
+    return [name for name, _ in sorted(table.items(), key=_file_order)]
+
+
+def _file_order(item: tuple[str, TensorRef]) -> tuple[int, int, str]:
+    name, ref = item
+    return ref.shard, ref.entry.begin, name
+
+
+def _check_names(first: Input, other: Input, problems: list[str]) -> None:
+    mine, theirs = first.checkpoint.tensors, other.checkpoint.tensors
+    if missing := [name for name in mine if name not in theirs]:
+        problems.append(f"{other.label} lacks {_named(missing)} of {first.label}")
+    if extra := [name for name in theirs if name not in mine]:
+        problems.append(f"{other.label} has {_named(extra)}, which {first.label} lacks")
+
+
+def _named(names: Sequence[str]) -> str:
+    listed = ", ".join(shown(name) for name in names[:NAMED])
+    if len(names) == 1:
+        return f"tensor {listed}"
+    more = f" and {len(names) - NAMED:,} more" if len(names) > NAMED else ""
+    return f"{len(names):,} tensors ({listed}{more})"
+
+
+def _check_dtypes(source: Input, problems: list[str]) -> None:
+    bad = (
+        f"tensor {shown(name)} is {ref.entry.dtype.header_name}, which cannot be merged"
+        for name, ref in source.checkpoint.tensors.items()
+        if not (ref.entry.dtype.mergeable or ref.entry.dtype.copyable)
+    )
+    _report(f"{source.label}: ", "tensors of such types", bad, problems)
+
+
+def _clash(name: str, ours: TensorRef, theirs: TensorRef, first: Input) -> str | None:
+    mine, found = ours.entry, theirs.entry
+    if found.shape == mine.shape and (
+        found.dtype is mine.dtype or (found.dtype.mergeable and mine.dtype.mergeable)
+    ):
+        return None
+    what = "shape" if found.shape != mine.shape else "dtype"
+    expected = f"{_value(mine, what)} as in {first.label}"
+    return f"tensor {shown(name)} has {what} {_value(found, what)}, expected {expected}"
+
+
+def _value(entry: TensorEntry, what: str) -> str:
+    return shown(list(entry.shape)) if what == "shape" else entry.dtype.header_name
+
+
+def _report(prefix: str, kind: str, sentences: Iterable[str], problems: list[str]) -> None:
+    """Add the first few sentences and the number of the others."""
+    rest = 0
+    for number, sentence in enumerate(sentences):
+        if number < NAMED:
+            problems.append(prefix + sentence)
+        else:
+            rest += 1
+    if rest:
+        problems.append(f"{prefix}{rest:,} more {kind}")
+
+
+def check_output(out: Path, recipe: Recipe, problems: list[str]) -> None:
+    """The output must be new, apart from every input, in a folder that can be written."""
+    if os.path.lexists(out):
+        problems.append(f"output {out} exists already")
+    target = out.resolve()
+    paths = dict.fromkeys([recipe.base] if recipe.base else [])
+    paths.update(dict.fromkeys(entry.path for entry in recipe.models))
+    for path in paths:
+        given = path.resolve()
+        if target == given:
+            problems.append(f"output {out} is the input {path}")
+        elif given in target.parents:
+            problems.append(f"output {out} lies inside the input {path}")
+        elif target in given.parents:
+            problems.append(f"input {path} lies inside the output {out}")
+    parent = _existing_parent(target)
+    if not parent.is_dir():
+        problems.append(f"output {out} cannot be made: {parent} is not a folder")
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"output {out} cannot be made: no permission to write in {parent}")
+
+
+def free_bytes(out: Path) -> int:
+    """Bytes that a merge into `out` may still use, those of an interrupted run into it included."""
+    target = out.resolve()
+    state = os.statvfs(_existing_parent(target))
+    used = 0
+    partial = target.with_name(target.name + ".partial")
+    if partial.is_dir():
+        with os.scandir(partial) as entries:
+            used = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+    return state.f_bavail * state.f_frsize + used
+
+
+def _existing_parent(target: Path) -> Path:
+    return next(parent for parent in target.parents if parent.exists())

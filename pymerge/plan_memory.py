@@ -1,0 +1,50 @@
+"""How a memory limit is shared out between the tiles of the workers and the undecided lists."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pymerge.errors import PymergeError
+from pymerge.planner import Plan
+from pymerge.rule import Trim
+
+TILE = 32_768  # elements; nine bf16 inputs of one tile stay in a 1 MiB L2
+SMALLEST_TILE = 4_096
+LISTS = 64 << 20  # bytes for undecided positions when nobody sets a limit
+SMALLEST_LISTS = 1 << 20
+ELEMENT_BYTES = 4  # of a tile as the kernels see it; f64 inputs take twice that
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Memory of one run: `threads` workers with tiles of `tile` elements, undecided lists of `lists` bytes.
+
+    `total`: bytes, without the interpreter and its libraries.
+    """
+
+    threads: int
+    tile: int
+    lists: int
+    total: int
+
+
+def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None) -> Budget:
+    """Share out `max_memory` bytes (None: the defaults). Raises PymergeError when it is too little."""
+    threads = threads or len(os.sched_getaffinity(0))
+    streams = len(plan.inputs) + 2
+    trims = plan.rule.trim is Trim.MAGNITUDE and any(density < 1 for density in plan.rule.densities)
+    if max_memory is None:
+        tile, lists = TILE, LISTS if trims else 0
+    else:
+        tile, lists = TILE, SMALLEST_LISTS if trims else 0
+        while tile > SMALLEST_TILE and threads * streams * tile * ELEMENT_BYTES > max_memory // 2:
+            tile //= 2
+        least = threads * streams * tile * ELEMENT_BYTES + lists
+        if least > max_memory:
+            raise PymergeError(
+                f"{max_memory:,} bytes of memory are too little: {threads} threads on"
+                f" {len(plan.inputs)} inputs need {least:,}"
+            )
+        lists = min(LISTS, max_memory - least + lists) if trims else 0
+    return Budget(threads, tile, lists, threads * streams * tile * ELEMENT_BYTES + lists)

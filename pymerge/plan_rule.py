@@ -1,0 +1,101 @@
+"""The part of a plan that comes from the recipe alone: the rule, and which folder gives the side files."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TypeVar
+
+from pymerge.errors import ProblemList, PymergeError
+from pymerge.methods import Method, rule_for
+from pymerge.recipe import ModelEntry, Recipe
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+
+E = TypeVar("E", bound=Enum)
+
+
+def is_same(a: Path, b: Path) -> bool:
+    """Whether two paths mean the same file or folder."""
+    return a.resolve() == b.resolve()
+
+
+def donor_path(recipe: Recipe) -> Path:
+    """The checkpoint whose configuration and tokenizer the output gets: the base, else the first model."""
+    return recipe.base if recipe.base is not None else recipe.models[0].path
+
+
+def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str]) -> Rule | None:
+    """The rule of a recipe; problems and notes (what is given but not used) are added to the lists."""
+    before = len(problems)
+    if method.task_vector and recipe.base is None:
+        problems.append(f"{method.name} needs base_model: the model that the experts were tuned from")
+    experts = _experts(recipe, method, notes)
+    if not experts:
+        problems.append(f"models lists no expert beside the base {recipe.base}")
+    weights = [recipe.parameter(entry, "weight") for entry in experts]
+    for entry, weight in zip(experts, weights, strict=True):
+        if weight is None:
+            problems.append(f"{method.name} needs a weight for {entry.path}")
+    densities = [recipe.parameter(entry, "density") for entry in experts]
+    _note_unused(recipe, method, notes)
+    if len(problems) > before:
+        return None
+    given = recipe.parameters
+    try:
+        return rule_for(
+            method,
+            weights=[_number(weight, 1.0) for weight in weights],
+            densities=[_number(density, method.density) for density in densities],
+            lambda_=_number(given.get("lambda"), 1.0),
+            normalize=_flag(given.get("normalize")),
+            rescale=_flag(given.get("rescale")),
+            threshold_ties=_choice(given.get("threshold_ties"), ThresholdTies.FIRST),
+            scope=_choice(given.get("scope"), Scope.TENSOR),
+            seed=recipe.seed,
+            names=[str(entry.path) for entry in experts],
+        )
+    except ProblemList as error:
+        problems.extend(error.problems)
+    except PymergeError as error:
+        problems.append(str(error))
+    return None
+
+
+def _experts(recipe: Recipe, method: Method, notes: list[str]) -> list[ModelEntry]:
+    base = recipe.base
+    if base is None:
+        return list(recipe.models)
+    listed = [entry for entry in recipe.models if is_same(entry.path, base)]
+    if not method.task_vector:
+        if not listed:
+            notes.append(
+                f"base_model {base} only gives the configuration: {method.name} averages what models lists"
+            )
+        return list(recipe.models)
+    if any(entry.parameters for entry in listed):
+        notes.append(f"the parameters of {base} have no effect: it is the base, not an expert")
+    return [entry for entry in recipe.models if entry not in listed]
+
+
+def _note_unused(recipe: Recipe, method: Method, notes: list[str]) -> None:
+    given = set(recipe.parameters).union(*(entry.parameters for entry in recipe.models))
+    unused = []
+    if method.trim is Trim.NONE:
+        unused += ["density", "rescale"]
+    if method.trim is not Trim.MAGNITUDE:
+        unused += ["scope", "threshold_ties"]
+    if not method.task_vector:
+        unused.append("lambda")
+    notes += [f"{name} has no effect with {method.name}" for name in unused if name in given]
+
+
+def _number(value: object, default: float) -> float:
+    return float(value) if isinstance(value, (int, float)) else default
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _choice(value: object, default: E) -> E:
+    return value if isinstance(value, type(default)) else default

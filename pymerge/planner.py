@@ -1,0 +1,269 @@
+"""From a recipe to jobs: reads headers only, and reports every problem they can show together.
+
+The plan is complete: output files, their headers and offsets, and for each output tensor where its
+inputs lie. Nothing is decided later than here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from pymerge.checkpoint.header import TensorEntry
+from pymerge.checkpoint.index import open_checkpoint
+from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
+from pymerge.dtypes import DType, promote
+from pymerge.errors import ProblemList, PymergeError
+from pymerge.job import Region, TensorJob
+from pymerge.methods import Method, method_named, passes
+from pymerge.plan_checks import Input, check_inputs, check_output, check_tensors, free_bytes
+from pymerge.plan_rule import donor_path, is_same, rule_of
+from pymerge.recipe import Recipe
+from pymerge.rule import Rule, Scope
+from pymerge.version import NUMERICS_VERSION, VERSION
+
+T = TypeVar("T")
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one merge that headers can tell.
+
+    `inputs`: the base first (where the method has one), then the experts in recipe order.
+    `files`: all input shards; output shard i has the number `len(files) + i` in the jobs' regions.
+    `donor`: the checkpoint folder whose configuration and tokenizer go with the output.
+    `notes`: what the recipe gives and the method does not use, one sentence each.
+    """
+
+    recipe: Recipe
+    method: Method
+    rule: Rule
+    out: Path | None
+    out_dtype: DType | None
+    inputs: tuple[Input, ...]
+    donor: Path
+    files: tuple[Path, ...]
+    layouts: tuple[ShardLayout, ...]
+    jobs: tuple[tuple[TensorJob, ...], ...]
+    bytes_read: int
+    bytes_written: int
+    notes: tuple[str, ...]
+
+    @property
+    def scope(self) -> Scope:
+        """What the thresholds are taken over."""
+        return self.rule.scope
+
+    @property
+    def passes(self) -> int:
+        """How often the inputs are read."""
+        return passes(self.rule)
+
+    @property
+    def experts(self) -> int:
+        """How many models are merged, the base of a task-vector method not counted."""
+        return len(self.rule.weights)
+
+    @property
+    def tensors(self) -> int:
+        """Number of output tensors."""
+        return sum(len(shard) for shard in self.jobs)
+
+    @property
+    def elements(self) -> int:
+        """Number of output elements."""
+        return sum(job.count for shard in self.jobs for job in shard)
+
+    def input_of(self, file: int) -> Input:
+        """The input that file number `file` belongs to."""
+        for source in self.inputs:
+            if file < source.first_file + len(source.checkpoint.shards):
+                return source
+        raise IndexError(file)
+
+    def digest(self) -> dict[str, object]:
+        """What a resumed run must have in common with the run before; JSON-ready. Not the threads."""
+        return {
+            "pymerge": VERSION,
+            "numerics": NUMERICS_VERSION,
+            "recipe": self.recipe.text,
+            "out_dtype": self.out_dtype.torch_name if self.out_dtype else None,
+            "inputs": {
+                str(shard.path): [shard.header.digest, shard.header.file_size, shard.header.mtime_ns]
+                for source in self.inputs
+                for shard in source.checkpoint.shards
+            },
+            "outputs": {layout.file_name: layout.size for layout in self.layouts},
+        }
+
+    def describe(self) -> str:
+        """The plan in words, one fact a line."""
+        base = [f"base         {source.checkpoint.path}" for source in self.inputs if source.is_base]
+        experts = [source.checkpoint.path for source in self.inputs if not source.is_base]
+        lines = [f"method       {self.method.name}, scope {self.scope.value}", *base]
+        weights = zip(experts, self.rule.weights, self.rule.densities, strict=True)
+        lines += [
+            f"expert       {path} (weight {weight:g}, density {density:g})"
+            for path, weight, density in weights
+        ]
+        lines += [
+            f"tensors      {self.tensors:,}, elements {self.elements:,}",
+            f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
+            f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)}",
+        ]
+        if self.out is not None:
+            lines.append(f"disk space   {self.bytes_written:,} bytes needed, {free_bytes(self.out):,} free")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, object]:
+        """The plan in numbers (bytes, counts), JSON-ready."""
+        return {
+            "method": self.method.name,
+            "scope": self.scope.value,
+            "base": next((str(source.checkpoint.path) for source in self.inputs if source.is_base), None),
+            "experts": [str(source.checkpoint.path) for source in self.inputs if not source.is_base],
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "shards": len(self.layouts),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "passes": self.passes,
+            "disk_space_needed": self.bytes_written,
+            "disk_space_free": free_bytes(self.out) if self.out else None,
+            "out": str(self.out) if self.out else None,
+            "notes": list(self.notes),
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: DType | None = None,
+) -> Plan:
+    """Plan the merge of `recipe` into the folder `out` (None: nothing about the output is checked).
+
+    `dtype`: the output's element type, before the recipe's own. Raises ProblemList with every problem found.
+    """
+    problems: list[str] = []
+    notes: list[str] = []
+    method = _collect(problems, lambda: method_named(recipe.method))
+    rule = rule_of(recipe, method, problems, notes) if method else None
+    inputs = _open_inputs(recipe, method, problems)
+    check_inputs(inputs, problems)
+    names = check_tensors(inputs, problems)
+    if out is not None:
+        check_output(out, recipe, problems)
+    if problems or method is None or rule is None:
+        raise ProblemList(problems)
+
+    out_dtype = dtype or recipe.out_dtype or recipe.dtype
+    layouts = lay_out(_outputs(inputs, names, out_dtype), max_shard_bytes)
+    files = tuple(shard.path for source in inputs for shard in source.checkpoint.shards)
+    jobs = _jobs(inputs, layouts, len(files), rule, recipe.dtype)
+    written = sum(layout.size for layout in layouts)
+    if out is not None and written > (free := free_bytes(out)):
+        raise ProblemList([f"{out} needs {written:,} bytes of disk space, {free:,} are free"])
+    return Plan(
+        recipe=recipe,
+        method=method,
+        rule=rule,
+        out=out,
+        out_dtype=out_dtype,
+        inputs=tuple(inputs),
+        donor=donor_path(recipe),
+        files=files,
+        layouts=layouts,
+        jobs=jobs,
+        bytes_read=sum(bytes_read_by(shard, passes(rule)) for shard in jobs),
+        bytes_written=written,
+        notes=tuple(notes),
+    )
+
+
+def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
+    """What `action` gives; its error is added to the problems."""
+    try:
+        return action()
+    except ProblemList as error:
+        problems.extend(error.problems)
+    except PymergeError as error:
+        problems.append(str(error))
+    return None
+
+
+def _open_inputs(recipe: Recipe, method: Method | None, problems: list[str]) -> list[Input]:
+    """The readable inputs: base first where the method is relative to one, then the experts."""
+    paths = [(entry.path, False) for entry in recipe.models]
+    if recipe.base is not None and (method is None or method.task_vector):
+        base = recipe.base
+        paths = [(base, True)] + [(path, False) for path, _ in paths if not is_same(path, base)]
+    inputs: list[Input] = []
+    first = 0
+    for path, is_base in paths:
+        checkpoint = _collect(problems, partial(open_checkpoint, path))
+        if checkpoint is not None:
+            inputs.append(Input(checkpoint, is_base, first))
+            first += len(checkpoint.shards)
+    return inputs
+
+
+def _outputs(inputs: Sequence[Input], names: Sequence[str], out_dtype: DType | None) -> list[OutputTensor]:
+    tables = [source.checkpoint.tensors for source in inputs]
+    outputs = []
+    for name in names:
+        entry = tables[0][name].entry
+        if not entry.dtype.mergeable:
+            dtype = entry.dtype
+        elif out_dtype is not None:
+            dtype = out_dtype
+        else:
+            dtype = promote({table[name].entry.dtype for table in tables})
+        outputs.append(OutputTensor(name, dtype, entry.shape))
+    return outputs
+
+
+def _jobs(
+    inputs: Sequence[Input], layouts: Sequence[ShardLayout], files: int, rule: Rule, cast: DType | None
+) -> tuple[tuple[TensorJob, ...], ...]:
+    """The jobs of each output shard, in the order of its bytes."""
+    base = next((source for source in inputs if source.is_base), None)
+    experts = [source for source in inputs if not source.is_base]
+
+    def region(source: Input, name: str) -> Region:
+        ref = source.checkpoint.tensors[name]
+        return Region(ref.entry.dtype, ref.entry.begin, source.first_file + ref.shard)
+
+    def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
+        first: TensorEntry = inputs[0].checkpoint.tensors[output.name].entry
+        merges = first.dtype.mergeable
+        return TensorJob(
+            name=output.name,
+            count=first.count,
+            base=region(base, output.name) if base else None,
+            experts=tuple([region(source, output.name) for source in experts]),
+            out=Region(output.dtype, layout.offsets[output.name], files + number),
+            rule=rule if merges else None,
+            cast=cast if merges else None,
+        )
+
+    return tuple(
+        tuple(job(layout, number, output) for output in layout.tensors)
+        for number, layout in enumerate(layouts)
+    )
+
+
+def bytes_read_by(jobs: Sequence[TensorJob], reads: int) -> int:
+    """Bytes that these jobs read when merging takes `reads` passes over the inputs."""
+    total = 0
+    for job in jobs:
+        width = sum(region.dtype.itemsize for region in job.experts)
+        width += job.base.dtype.itemsize if job.base else 0
+        total += job.count * width * (reads if job.rule else 1)
+    return total

@@ -1,0 +1,243 @@
+"""One plan on this machine: shard after shard, hashed while the next one merges, published by one rename."""
+
+from __future__ import annotations
+
+import os
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
+from pymerge.checkpoint.durable import writing
+from pymerge.checkpoint.header import shown_path
+from pymerge.checkpoint.staging import Staging
+from pymerge.errors import CheckpointError
+from pymerge.job import TensorJob
+from pymerge.planner import Plan, bytes_read_by
+from pymerge.rule import Scope, Trim
+from pymerge.run.progress import Progress, Silent
+from pymerge.run.results import Summary, manifest, side_files
+
+Start: TypeAlias = Callable[[Sequence[TensorJob], Scope, Sequence[OpenFile], Settings], NativeRun]
+
+POLL_SECONDS = 0.1
+# What a done record keeps of a report, so that a resumed run can tell the whole.
+COUNTS = ("undecided", "fallbacks", "nan_outputs")
+NOT_OPEN = -1
+
+
+def execute_plan(
+    plan: Plan,
+    out: Path,
+    settings: Settings,
+    progress: Progress | None = None,
+    start: Start = NativeRun,
+) -> Summary:
+    """Merge into the folder `out`; shards that an interrupted run of the same plan finished are kept.
+
+    `start` makes the run of a list of jobs. Raises PymergeError; on
+    KeyboardInterrupt or any other exception the run is cancelled, and the staging folder stays.
+    """
+    began = time.perf_counter()
+    _raise_file_limit()
+    files = side_files(plan, out)
+    progress = progress or Silent()
+    progress.begin(plan.bytes_read)
+    with Staging.open(out, plan.digest()) as staging:
+        with _spill(plan, settings, staging.folder) as settings_here:
+            runner = _Runner(plan, staging, settings_here, progress, start)
+            if plan.scope is Scope.MODEL:
+                runner.merge_model()
+            else:
+                runner.merge_shards()
+        summary = runner.summary(out, time.perf_counter() - began)
+        staging.publish(files, manifest(plan, summary))
+    return summary
+
+
+@dataclass
+class _Runner:
+    plan: Plan
+    staging: Staging
+    settings: Settings
+    progress: Progress
+    start: Start
+
+    def __post_init__(self) -> None:
+        self.done_bytes = 0
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.resumed = 0
+        self.counts = dict.fromkeys(COUNTS, 0)
+
+    def merge_shards(self) -> None:
+        """Scope tensor: one run for each output shard; the shard before is flushed and hashed meanwhile."""
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish") as finisher:
+            pending: Future[None] | None = None
+            for number, layout in enumerate(self.plan.layouts):
+                if record := self.staging.done(layout):
+                    self._count(record)
+                    self._skip(number)
+                    continue
+                fd = self.staging.create(layout)
+                report = self._run(self.plan.jobs[number], {number: fd})
+                if pending is not None:
+                    pending.result()
+                record = self._record(number, report)
+                self._count(record)
+                pending = finisher.submit(self.staging.finish, layout, fd, record)
+            if pending is not None:
+                pending.result()
+
+    def merge_model(self) -> None:
+        """Scope model: one run over all output shards, because their thresholds hang together."""
+        layouts = self.plan.layouts
+        records = [self.staging.done(layout) for layout in layouts]
+        if all(records):
+            for number, record in enumerate(records):
+                self._count(record or {})
+                self._skip(number)
+            return
+        fds = {number: self.staging.create(layout) for number, layout in enumerate(layouts)}
+        report = self._run([job for jobs in self.plan.jobs for job in jobs], fds)
+        for number, layout in enumerate(layouts):
+            # The counts of the whole stand with the first shard, so that their sum is right.
+            record = self._record(number, report if number == 0 else None)
+            self._count(record)
+            self.staging.finish(layout, fds[number], record)
+
+    def summary(self, out: Path, seconds: float) -> Summary:
+        """The result in numbers."""
+        plan = self.plan
+        return Summary(
+            out=str(out),
+            method=plan.method.name,
+            scope=plan.scope.value,
+            experts=plan.experts,
+            tensors=plan.tensors,
+            elements=plan.elements,
+            shards=len(plan.layouts),
+            shards_resumed=self.resumed,
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+            seconds=seconds,
+            peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            undecided=self.counts["undecided"],
+            fallbacks=self.counts["fallbacks"],
+            nan_outputs=self.counts["nan_outputs"],
+            notes=plan.notes,
+        )
+
+    def _run(self, jobs: Sequence[TensorJob], outputs: Mapping[int, int]) -> Report:
+        with _open_files(self.plan, jobs, outputs, self.staging.folder) as files:
+            run = self.start(jobs, self.plan.scope, files, self.settings)
+            report = self._watch(run)
+        self.done_bytes += bytes_read_by(jobs, self.plan.passes)
+        self.bytes_read += report.bytes_read
+        self.bytes_written += report.bytes_written
+        self.progress.update(self.done_bytes)
+        return report
+
+    def _watch(self, run: NativeRun) -> Report:
+        """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
+        outcome: Future[Report] = Future()
+        worker = threading.Thread(target=_execute, args=(run, outcome), name="merge", daemon=True)
+        worker.start()
+        try:
+            while worker.is_alive():
+                worker.join(POLL_SECONDS)
+                self.progress.update(self.done_bytes + run.bytes_done)
+        except BaseException:
+            run.cancel()
+            # The descriptors must outlive the worker, whatever else the user presses.
+            while worker.is_alive():
+                with suppress(KeyboardInterrupt):
+                    worker.join()
+            raise
+        return outcome.result()
+
+    def _record(self, number: int, report: Report | None) -> dict[str, Any]:
+        counts = {name: getattr(report, name) if report else 0 for name in COUNTS}
+        return {"tensors": len(self.plan.jobs[number]), **counts}
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        for name in COUNTS:
+            self.counts[name] += int(record.get(name, 0))
+
+    def _skip(self, number: int) -> None:
+        self.resumed += 1
+        self.done_bytes += bytes_read_by(self.plan.jobs[number], self.plan.passes)
+        self.progress.update(self.done_bytes)
+
+
+@contextmanager
+def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
+    """The settings with a nameless file for undecided positions beside the output, where a trim needs one."""
+    if plan.rule.trim is not Trim.MAGNITUDE:
+        yield settings
+        return
+    with ExitStack() as stack:
+        with writing(folder):
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+        yield replace(settings, spill=file.fileno())
+
+
+def _execute(run: NativeRun, outcome: Future[Report]) -> None:
+    try:
+        outcome.set_result(run.execute())
+    except BaseException as error:
+        outcome.set_exception(error)
+
+
+@contextmanager
+def _open_files(
+    plan: Plan, jobs: Sequence[TensorJob], outputs: Mapping[int, int], folder: Path
+) -> Iterator[list[OpenFile]]:
+    """The plan's files by number: the jobs' inputs opened for reading, the given outputs, others not open.
+
+    Raises CheckpointError when an input is not the file that was planned with.
+    """
+    needed = {region.file for job in jobs for region in job.experts}
+    needed.update(job.base.file for job in jobs if job.base)
+    shards = [shard for source in plan.inputs for shard in source.checkpoint.shards]
+    with ExitStack() as stack:
+        files = []
+        for number, shard in enumerate(shards):
+            fd = NOT_OPEN
+            if number in needed:
+                fd = _open_input(shard.path, shard.header.file_size, shard.header.mtime_ns)
+                stack.callback(os.close, fd)
+            files.append(OpenFile(str(shard.path), fd))
+        for number, layout in enumerate(plan.layouts):
+            files.append(OpenFile(str(folder / layout.file_name), outputs.get(number, NOT_OPEN)))
+        yield files
+
+
+def _open_input(path: Path, size: int, mtime_ns: int) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise CheckpointError(f"{shown_path(path)} cannot be opened: {error.strerror}") from error
+    state = os.fstat(fd)
+    if (state.st_size, state.st_mtime_ns) == (size, mtime_ns):
+        return fd
+    os.close(fd)
+    what = (
+        f"it has {state.st_size:,} bytes, expected {size:,}" if state.st_size != size else "its time differs"
+    )
+    raise CheckpointError(f"{shown_path(path)} was changed after the merge was planned: {what}")
+
+
+def _raise_file_limit() -> None:
+    """Many experts of many shards are open together; the soft limit is often 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

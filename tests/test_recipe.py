@@ -1,0 +1,289 @@
+"""Recipes: what is read, what is refused, and that refusals come together and name the culprit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pymerge.dtypes import DType
+from pymerge.errors import ProblemList, PymergeError, RecipeError
+from pymerge.parameters import Preset
+from pymerge.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, parse_recipe
+from pymerge.rule import Scope, ThresholdTies
+
+FULL = """
+merge_method: ties
+base_model: base   # a comment
+models:
+  - model: base
+  - model: one
+    parameters: {weight: 1, density: 0.5}
+  - model: ./two
+    parameters:
+      weight: 1e-3
+parameters:
+  weight: -.5
+  density: .9
+  lambda: 2
+  normalize: false
+  rescale: true
+  int8_mask: true
+  scope: model
+  threshold_ties: all
+dtype: torch.float32
+out_dtype: bfloat16
+preset: mergekit
+seed: 18446744073709551615
+"""
+SMALL = "merge_method: linear\nmodels: [{model: one, parameters: {weight: 1.0}}]\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("base", "one", "two"):
+        (tmp_path / name).mkdir()
+    return tmp_path
+
+
+def problems(text: str, folder: Path) -> tuple[str, ...]:
+    with pytest.raises(PymergeError) as caught:
+        parse_recipe(text, folder)
+    error = caught.value
+    return error.problems if isinstance(error, ProblemList) else (str(error),)
+
+
+def with_top(line: str) -> str:
+    return f"{SMALL}{line}\n"
+
+
+def with_parameter(line: str) -> str:
+    return f"{SMALL}parameters:\n  {line}\n"
+
+
+def test_everything_a_recipe_can_say(folder: Path) -> None:
+    recipe = parse_recipe(FULL, folder)
+    assert recipe.method == "ties"
+    assert recipe.base == folder / "base"
+    assert [entry.path for entry in recipe.models] == [folder / "base", folder / "one", folder / "two"]
+    assert [entry.parameters for entry in recipe.models] == [
+        {},
+        {"weight": 1.0, "density": 0.5},
+        {"weight": 0.001},
+    ]
+    assert recipe.parameters == {
+        "weight": -0.5,
+        "density": 0.9,
+        "lambda": 2.0,
+        "normalize": False,
+        "rescale": True,
+        "scope": Scope.MODEL,
+        "threshold_ties": ThresholdTies.ALL,
+    }
+    assert type(recipe.models[1].parameters["weight"]) is float
+    assert (recipe.dtype, recipe.out_dtype) == (DType.F32, DType.BF16)
+    assert (recipe.seed, recipe.preset, recipe.text) == (2**64 - 1, Preset.MERGEKIT, FULL)
+
+
+def test_defaults(folder: Path) -> None:
+    recipe = parse_recipe(SMALL, folder)
+    assert (recipe.base, recipe.dtype, recipe.out_dtype, recipe.seed) == (None, None, None, 0)
+    assert recipe.parameters == {}
+
+
+def test_a_model_s_own_parameter_wins(folder: Path) -> None:
+    recipe = parse_recipe(FULL, folder)
+    assert [recipe.parameter(entry, "density") for entry in recipe.models] == [0.9, 0.5, 0.9]
+    assert recipe.parameter(recipe.models[0], "no such") is None
+
+
+def test_nothing_after_parameters_means_none(folder: Path) -> None:
+    text = "merge_method: ties\nmodels:\n  - model: one\n    parameters:\nparameters:\n"
+    recipe = parse_recipe(text, folder)
+    assert recipe.models[0].parameters == {}
+    assert recipe.parameters == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-2e+2", -200.0),
+        (".5", 0.5),
+        ("3", 3.0),
+        ("0.25", 0.25),
+        ("1.5e3", 1500.0),
+    ],
+)
+def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
+    assert parse_recipe(with_parameter(f"lambda: {text}"), folder).parameters["lambda"] == number
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        (with_top("slices: []"), "slices is not supported yet"),
+        (with_top("modules: {}"), "modules is not supported yet"),
+        (with_top("tokenizer: {source: union}"), "tokenizer is not supported yet"),
+        (with_top("tokenizer_source: base"), "tokenizer_source is not supported yet"),
+        (with_top("chat_template: auto"), "chat_template is not supported yet"),
+        (
+            with_parameter("lambda: [0, 1]"),
+            "parameters.lambda: gradients (lists of numbers) are not supported yet",
+        ),
+        (
+            with_parameter("weight: [{filter: mlp, value: 1}]"),
+            "parameters.weight: conditional lists (filter, value) are not supported yet",
+        ),
+        (
+            with_parameter("weight: {filter: mlp, value: 1}"),
+            "parameters.weight: conditional values (filter, value) are not supported yet",
+        ),
+        (with_parameter("gamma: 0.1"), "parameters.gamma: the parameter gamma is not supported yet"),
+        (
+            with_top("base_model: {model: {path: one}}"),
+            "base_model: model references written as mappings are not",
+        ),
+        (with_top("base_model: one+lora"), "base_model: one+lora: a LoRA after '+' is not supported yet"),
+        (with_top("base_model: one@main"), "base_model: one@main: a revision after '@' is not supported yet"),
+        (SMALL + "---\n" + SMALL, "recipes of several YAML documents are not supported yet"),
+        (with_top("parametres: {}"), "parametres: unknown key 'parametres'; did you mean parameters?"),
+        (with_top("weight: 1"), "weight: weight is a parameter; give it under parameters"),
+        (with_top("xyzzy: 1"), "xyzzy: unknown key 'xyzzy'; known are merge_method, models, base_model,"),
+        (with_parameter("densty: 1"), "parameters.densty: unknown key 'densty'; did you mean density?"),
+        (with_parameter("lambda_: 1"), "parameters.lambda_: unknown key 'lambda_'; did you mean lambda?"),
+        (
+            "merge_method: ties\nmodels: [{model: one, parameters: {lambda: 1}}]",
+            "models[0].parameters.lambda: lambda holds for the whole merge; give it under the top-level parameters",
+        ),
+        (
+            "merge_method: ties\nmodels: [{model: one, wieght: 1}]",
+            "models[0].wieght: unknown key 'wieght'; known are model, parameters",
+        ),
+        (with_parameter("weight: true"), "parameters.weight: expected a number, found a boolean (True)"),
+        (with_parameter("weight: '1'"), "parameters.weight: expected a number, found text ('1')"),
+        (with_parameter("weight: .nan"), "parameters.weight: nan is not finite"),
+        (with_parameter("weight: .inf"), "parameters.weight: inf is not finite"),
+        (with_parameter("weight: -.inf"), "parameters.weight: -inf is not finite"),
+        (with_parameter("normalize: 1"), "parameters.normalize: expected true or false, found a number (1)"),
+        (with_parameter("scope: modell"), "parameters.scope: 'modell' is not known; known are tensor, model"),
+        (
+            with_parameter("threshold_ties: last"),
+            "parameters.threshold_ties: 'last' is not known; known are first, all",
+        ),
+        (with_top("preset: peft"), "preset: 'peft' is not known; known are mergekit"),
+        (with_top("seed: -1"), "seed: expected a number from 0 to 2**64 - 1, found a number (-1)"),
+        (with_top("seed: 18446744073709551616"), "seed: expected a number from 0 to 2**64 - 1"),
+        (with_top("seed: 1.5"), "seed: expected a whole number, found a number (1.5)"),
+        (with_top("seed: true"), "seed: expected a whole number, found a boolean (True)"),
+        (
+            with_top("dtype: bf16"),
+            "dtype: 'bf16' is not a type that merges; known are float64, float32, float16, bfl",
+        ),
+        (with_top("dtype: int64"), "dtype: 'int64' is not a type that merges"),
+        (with_top("out_dtype: 16"), "out_dtype: '16' is not a type that merges"),
+        (with_top("base_model: 3"), "base_model: expected text, found a number (3)"),
+        ("merge_method: linear", "models: this key is required"),
+        ("models: [{model: one}]", "merge_method: this key is required"),
+        ("merge_method: linear\nmodels: []", "models: expected a list with at least one entry"),
+        ("merge_method: linear\nmodels: one", "models: expected a list, found text ('one')"),
+        ("merge_method: linear\nmodels: [one]", "models[0]: expected a mapping, found text ('one')"),
+        ("merge_method: linear\nmodels: [{parameters: {}}]", "models[0].model: this key is required"),
+        ("- a\n- b\n", "a recipe is a mapping with merge_method and models, not a list"),
+        ("", "the recipe is empty"),
+        ("seed: 1\nseed: 2\n", "line 2: key 'seed' is given twice"),
+        ("models:\n - {model: a, model: b}\n", "line 2: key 'model' is given twice"),
+        ("merge_method: [\n", "line 2: the recipe is not valid YAML"),
+        ("a: !!python/object/apply:os.system [ls]", "line 1: the recipe is not valid YAML"),
+    ],
+)
+def test_refused_with_one_sentence(text: str, start: str, folder: Path) -> None:
+    found = problems(text, folder)
+    assert len(found) == 1
+    assert found[0].startswith(start)
+    assert "\n" not in found[0]
+
+
+def test_all_problems_come_together(folder: Path) -> None:
+    text = """
+slices: []
+models: [{model: one, parameters: {wight: 1, density: yes}}]
+parameters: {lambda: .nan}
+dtype: int8
+"""
+    assert len(problems(text, folder)) == 6
+
+
+def test_slices_need_no_models_beside_them(folder: Path) -> None:
+    assert problems("merge_method: ties\nslices: []", folder) == ("slices is not supported yet",)
+
+
+def test_missing_models_name_where_they_were_looked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    text = "merge_method: ties\nbase_model: org/name\nmodels: [{model: nowhere}, {model: one}]"
+    assert problems(text, folder) == (
+        f"models[0].model: no such file or folder: {folder}/nowhere or {folder}/elsewhere/nowhere",
+        f"base_model: no such file or folder: {folder}/org/name or {folder}/elsewhere/org/name; "
+        "names on the Hugging Face hub are not supported yet",
+    )
+
+
+def test_relative_paths_start_at_the_recipe_then_at_the_working_directory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = folder / "work"
+    (work / "one").mkdir(parents=True)
+    (work / "three").mkdir()
+    monkeypatch.chdir(work)
+    (folder / "recipe.yml").write_text("merge_method: linear\nmodels: [{model: one}, {model: three}]")
+    recipe = load_recipe(folder / "recipe.yml")
+    assert [entry.path for entry in recipe.models] == [folder / "one", work / "three"]
+
+
+def test_a_folder_name_may_hold_the_two_signs(folder: Path) -> None:
+    (folder / "a+b@c").mkdir()
+    recipe = parse_recipe("merge_method: linear\nmodels: [{model: a+b@c}]", folder)
+    assert recipe.models[0].path == folder / "a+b@c"
+
+
+def test_a_model_listed_twice(folder: Path) -> None:
+    text = "merge_method: linear\nmodels: [{model: one}, {model: ./one}]"
+    assert problems(text, folder) == (f"models[1].model: {folder}/one is already listed as models[0]",)
+
+
+def test_anchors_and_merge_keys(folder: Path) -> None:
+    text = """
+merge_method: linear
+models:
+  - model: one
+    parameters: &same {weight: 2}
+  - model: two
+    parameters: {<<: *same, density: 1}
+"""
+    assert parse_recipe(text, folder).models[1].parameters == {"weight": 2.0, "density": 1.0}
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]", "&a {b: *a}", "[" * 100_000, "a: 1_000_000" + "0" * 5000])
+def test_hostile_text_is_a_recipe_error(text: str, folder: Path) -> None:
+    assert problems(text, folder)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot read recipe .*none\.yml: No such file"):
+        load_recipe(tmp_path / "none.yml")
+    (tmp_path / "bad.yml").write_bytes(b"merge_method: \xff")
+    with pytest.raises(RecipeError, match=r"bad\.yml is not UTF-8 text \(byte 14\)"):
+        load_recipe(tmp_path / "bad.yml")
+    (tmp_path / "big.yml").write_bytes(b"#" * (MAX_RECIPE_BYTES + 1))
+    with pytest.raises(RecipeError, match="is larger than"):
+        load_recipe(tmp_path / "big.yml")
+
+
+def test_a_recipe_cannot_be_changed(folder: Path) -> None:
+    recipe: Recipe = parse_recipe(SMALL, folder)
+    with pytest.raises(AttributeError):
+        recipe.seed = 1  # type: ignore[misc]
