@@ -226,7 +226,7 @@ def _problems(
 
 def _is_float32(number: float) -> bool:
     try:
-        struct.pack("f", number)
+        struct.pack("<f", number)
         return not isinstance(number, bool) and math.isfinite(number)
     except OverflowError:
         return False

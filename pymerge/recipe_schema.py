@@ -26,7 +26,7 @@ UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk",
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-3 as a number, as YAML 1.2 does."""
+    """SafeLoader that refuses duplicate keys and reads 1e-3 and -.5 as numbers, as YAML 1.2 does."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -42,7 +42,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
 )
 
 

@@ -55,7 +55,7 @@ SIZES = (
 )
 LARGE = 300_001
 EXPERTS = (1, 2, 3, 5, 8, 9, 16, 17, 33, 64)
-MAX_ELEMENTS = 1_100_000  # size * experts: bounds the time of the reference's sorts
+MAX_ELEMENTS = 450_000  # size * experts: bounds the time of the reference's sorts
 # dtype of the base, dtypes that the experts take in turn
 DTYPES = {
     "bf16": (BF16, (BF16,)),

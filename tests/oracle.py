@@ -107,7 +107,7 @@ def random_word(seed: int, name: str, index: int, expert: int) -> int:
 
 def scale_of(d: Numbers, keep: list[bool], density: float, rule: Rule) -> float:
     """The factor that restores a trimmed task vector's L1 norm."""
-    if not rule.rescale or density >= 1:
+    if not rule.rescale or rule.trim is Trim.NONE or density >= 1:
         return 1.0
     before = total(abs(v) for v in d)
     after = total(abs(v) for v, kept in zip(d, keep, strict=True) if kept)

@@ -155,7 +155,7 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
         (with_parameter("lambda_: 1"), "parameters.lambda_: unknown key 'lambda_'; did you mean lambda?"),
         (
             "merge_method: ties\nmodels: [{model: one, parameters: {lambda: 1}}]",
-            "models[0].parameters.lambda: lambda holds for the whole merge; give it under the top-level parameters",
+            "models[0].parameters.lambda: lambda holds for the whole merge; give it under the top-level",
         ),
         (
             "merge_method: ties\nmodels: [{model: one, wieght: 1}]",

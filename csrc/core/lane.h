@@ -1,7 +1,7 @@
 // The width-1 lane: what one CUDA thread, or a processor without vectors, computes with.
 //
-// A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), + - * /, magnitude, at_least,
-// sign_bit, flip_sign, is_positive, is_zero, is_nan, select, add_where, keep_where, mask_bits, mask_from;
+// A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), V::mask_bits(m), V::store_masks, + - * /, magnitude, at_least,
+// sign_bit, flip_sign, is_positive, is_zero, is_nan, select, add_where, keep_where;
 // for whole groups of kGroup vectors: load_group, store_group, element_mask, group_mask, random_group,
 // pack_group. The formulas of trim.h, elect.h and combine.h are written over any such type.
 #pragma once
@@ -20,6 +20,10 @@ struct Scalar {
   Work x;
 
   PM_HD static Scalar set(Work value) { return {value}; }
+  PM_HD static uint32_t mask_bits(bool mask) { return mask; }
+  PM_HD static void store_masks(uint16_t* field, const bool (&m)[kGroup]) {
+    for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
+  }
 };
 
 template <class W>
@@ -60,7 +64,6 @@ template <class W>
 PM_HD Scalar<W> keep_where(bool mask, Scalar<W> a) { return {mask ? a.x : W(0)}; }
 template <class W>
 PM_HD Scalar<W> add_where(bool mask, Scalar<W> sum, Scalar<W> a) { return mask ? sum + a : sum; }
-PM_HD uint32_t mask_bits(bool mask) { return mask; }
 
 
 // Groups. `Ordered` loads keep lane order equal to element order; others may permute within a group.

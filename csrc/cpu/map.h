@@ -63,7 +63,7 @@ class MapKernel {
     entries_ = static_cast<V*>(take(sizeof(V) * kGroup * p.experts));
     tail_ = static_cast<Raw*>(take(sizeof(Raw) * kElements * (p.experts + 2)));
     tail_expert_ = static_cast<const Raw**>(take(sizeof(Raw*) * p.experts));
-    fields_ = static_cast<uint64_t*>(take(sizeof(uint64_t) * 3 * p.experts));
+    fields_ = static_cast<uint16_t*>(take(sizeof(uint16_t) * 3 * kGroup * p.experts));
   }
 
   // The last, short group runs on padded copies; equal padding makes zero task vectors, which never count.
@@ -94,13 +94,16 @@ class MapKernel {
 
   // Mask fields go through memory: storing them costs the vector ports nothing, and they are read much later.
   PM_HD void note_fields(int k, const V (&d)[kGroup], const Mask (&keep)[kGroup]) {
-    auto* field = reinterpret_cast<uint16_t*>(fields_ + 3 * k);
+    uint16_t* field = fields_ + 3 * kGroup * k;
+    Mask open[kGroup], counted[kGroup];
+    V::store_masks(field, keep);
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
-      field[g] = uint16_t(mask_bits(keep[g]));
-      field[kGroup + g] = uint16_t(mask_bits(trim_magnitude(d[g], b_.open_at[k])));
-      if constexpr (S::collect == Collect::all)
-        field[2 * kGroup + g] = uint16_t(mask_bits(trim_magnitude(d[g], b_.count_at[k])));
+    for (int g = 0; g < kGroup; ++g) open[g] = trim_magnitude(d[g], b_.open_at[k]);
+    V::store_masks(field + kGroup, open);
+    if constexpr (S::collect == Collect::all) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) counted[g] = trim_magnitude(d[g], b_.count_at[k]);
+      V::store_masks(field + 2 * kGroup, counted);
     }
   }
 
@@ -171,7 +174,9 @@ class MapKernel {
   PM_HD void collect(const Raw* base, const Raw* const* expert, const V (&result)[kGroup], int64_t at, int64_t offset) {
     uint64_t any = 0;
     for (int k = 0; k < p_.experts; ++k) {
-      const uint64_t *field = fields_ + 3 * k, kept = field[0], open = field[1] & ~kept;
+      uint64_t field[3];
+      memcpy(field, fields_ + 3 * kGroup * k, sizeof field);
+      const uint64_t kept = field[0], open = field[1] & ~kept;
       any |= open;
       b_.opened[k] += __builtin_popcountll(open);
       if constexpr (S::collect == Collect::all) {
@@ -205,7 +210,7 @@ class MapKernel {
   V* entries_;              // [experts][kGroup] trimmed, weighted task vectors
   Raw* tail_;               // padded copies of a short last group
   const Raw** tail_expert_;
-  uint64_t* fields_;        // [experts][3] mask fields: kept, open or kept, counted
+  uint16_t* fields_;        // [experts][3][kGroup] masks: kept, open or kept, counted
   int64_t nan_ = 0;
 };
 

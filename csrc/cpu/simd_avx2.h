@@ -20,6 +20,10 @@ struct Avx2 {
     }
   };
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
+  PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
+  PM_HD static void store_masks(uint16_t* field, const Mask (&m)[kGroup]) {
+    for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
+  }
 };
 struct Avx2Bits {
   __m256i x;
@@ -47,7 +51,6 @@ PM_HD Avx2 select(Avx2::Mask m, Avx2 yes, Avx2 no) { return {_mm256_blendv_ps(no
 PM_HD Avx2 keep_where(Avx2::Mask m, Avx2 a) { return {_mm256_and_ps(m.x, a.x)}; }
 // A sum that began at +0 is unchanged by adding +0, so masking the addend equals not adding.
 PM_HD Avx2 add_where(Avx2::Mask m, Avx2 sum, Avx2 a) { return sum + keep_where(m, a); }
-PM_HD uint32_t mask_bits(Avx2::Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
 
 template <bool Ordered>
 PM_HD void load_group(BF16, const uint16_t* p, Avx2 (&v)[kGroup]) {
@@ -101,7 +104,7 @@ PM_HD bool store_group(BF16, uint16_t* p, const Avx2 (&v)[kGroup], bool bypass_c
       half = _mm256_blend_epi16(r0, r1, 0xaa);
     store_half_line(p + 8 * g, half, bypass_cache);
   }
-  return mask_bits(nan) != 0;
+  return Avx2::mask_bits(nan) != 0;
 }
 template <bool Ordered>
 PM_HD bool store_group(F16, uint16_t* p, const Avx2 (&v)[kGroup], bool bypass_cache) {
@@ -116,7 +119,7 @@ PM_HD bool store_group(F16, uint16_t* p, const Avx2 (&v)[kGroup], bool bypass_ca
     }
     store_half_line(p + 8 * g, _mm256_set_m128i(quarter[1], quarter[0]), bypass_cache);
   }
-  return mask_bits(nan) != 0;
+  return Avx2::mask_bits(nan) != 0;
 }
 template <bool Ordered>
 PM_HD bool store_group(F32, uint32_t* p, const Avx2 (&v)[kGroup], bool bypass_cache) {
@@ -126,7 +129,7 @@ PM_HD bool store_group(F32, uint32_t* p, const Avx2 (&v)[kGroup], bool bypass_ca
     nan |= n;
     store_half_line(p + 8 * g, bits_of(select(n, from_bits(_mm256_set1_epi32(0x7fc00000)), v[g])), bypass_cache);
   }
-  return mask_bits(nan) != 0;
+  return Avx2::mask_bits(nan) != 0;
 }
 
 template <bool Ordered, class T>
@@ -165,7 +168,7 @@ PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
   philox(c, key0, key1);
   uint64_t bits = 0;
   for (int w = 0; w < 4; ++w) {
-    const uint32_t above = mask_bits(at_least(Avx2Bits{c[w].x}, limit));
+    const uint32_t above = Avx2::mask_bits(at_least(Avx2Bits{c[w].x}, limit));
     bits |= _pdep_u64(~above & 0xff, 0x11111111ull << w);
   }
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);

@@ -44,7 +44,7 @@ class StatsKernel {
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
       uint16_t field[kGroup];
       for (int g = 0; g < kGroup; ++g)
-        field[g] = uint16_t(mask_bits(trim_magnitude(d[g], low)) & ~mask_bits(trim_magnitude(d[g], high)));
+        field[g] = uint16_t(V::mask_bits(trim_magnitude(d[g], low)) & ~V::mask_bits(trim_magnitude(d[g], high)));
       uint64_t fields;
       memcpy(&fields, field, sizeof fields);
       uint64_t open = element_mask<true>(T{}, V{}, fields);

@@ -44,8 +44,6 @@ void copy_equal(RunContext& run, int64_t number, Crew& crew) {
       memcpy(job.out.address(first), expected, bytes);
     else
       write_fully(run, number, job.out, first, count, expected);
-    run.report.bytes_written += int64_t(bytes);
-    run.report.elements += count;
   });
 }
 
@@ -65,6 +63,10 @@ void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& job
 void run_group(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew& crew, Buffer* held) {
   std::erase_if(jobs, [&](int64_t job) { return run.jobs[size_t(job)].count == 0; });
   if (jobs.empty()) return;
+  for (int64_t job : jobs) {
+    run.report.elements += run.jobs[size_t(job)].count;
+    run.report.bytes_written += run.jobs[size_t(job)].count * run.jobs[size_t(job)].out.item;
+  }
   if (run.jobs[size_t(jobs[0])].rule < 0) return copy_equal(run, jobs[0], crew);
   const bool in_double = std::any_of(jobs.begin(), jobs.end(), [&](int64_t job) {
     return JobView::natural_kernel(run.jobs[size_t(job)]) == DType::f64;

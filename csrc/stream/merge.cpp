@@ -98,12 +98,8 @@ class GroupMerge {
     return true;
   }
 
-  // A second reading starts over: what the abandoned pass counted as output does not count.
+  // A second reading starts over: what the abandoned pass counted does not count.
   void forget_output() {
-    for (const auto& view : group_.views) {
-      run_.report.elements -= view.job().count;
-      run_.report.bytes_written -= view.job().count * view.job().out.item;
-    }
     run_.report.nan -= stream_nan_;
     stream_nan_ = 0;
   }

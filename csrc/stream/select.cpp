@@ -9,7 +9,7 @@ namespace pm {
 namespace {
 
 constexpr int64_t kBins = 4096;          // per narrowing step
-constexpr int64_t kGatherable = 1 << 18; // candidates that are sorted out directly: 4 MiB
+constexpr int64_t kGatherable = 1 << 16; // candidates of one expert that are sorted out directly: 1 MiB
 
 // One expert's search: the `rank`-th largest among undecided keys with magnitude in [low, high].
 struct Search {
@@ -49,10 +49,9 @@ class Selection {
   void narrow(std::vector<Search>& searches) {
     for (Search& s : searches) s.prepare();
     std::mutex mutex;
-    each_chunk(searches, [&](const Search& s, const Bits* keys, const uint64_t*, int64_t n) {
+    each_chunk(searches, [&](const Search& s, const Found& found) {
       std::vector<int64_t> bins(static_cast<size_t>(kBins));
-      for (int64_t i = 0; i < n; ++i)
-        if (keys[i] >= s.low && keys[i] <= s.high) ++bins[size_t((keys[i] - s.low) >> s.shift)];
+      for (int64_t i = 0; i < found.count; ++i) ++bins[size_t((found.key[i] - s.low) >> s.shift)];
       std::lock_guard lock(mutex);
       for (size_t b = 0; b < size_t(kBins); ++b) const_cast<Search&>(s).bins[b] += bins[b];
     });
@@ -62,11 +61,10 @@ class Selection {
   void gather(const std::vector<Search>& searches, std::vector<Cut>* cuts) {
     std::vector<std::vector<Candidate>> found(searches.size());
     std::mutex mutex;
-    each_chunk(searches, [&](const Search& s, const Bits* keys, const uint64_t* index, int64_t n) {
+    each_chunk(searches, [&](const Search& s, const Found& here) {
       std::lock_guard lock(mutex);
       auto& list = found[size_t(&s - searches.data())];
-      for (int64_t i = 0; i < n; ++i)
-        if (keys[i] >= s.low && keys[i] <= s.high) list.push_back({keys[i], index[i]});
+      for (int64_t i = 0; i < here.count; ++i) list.push_back({here.key[i], here.flat + here.position[here.row[i]]});
     });
     for (size_t i = 0; i < searches.size(); ++i) {
       const auto nth = found[i].begin() + (searches[i].rank - 1);
@@ -75,29 +73,23 @@ class Selection {
     }
   }
 
-  // Too many equal keys to gather: count them per span, then look into the one span that holds the last kept.
+  // Too many equal keys to gather: count them per cell, then look into the one cell that holds the last kept.
   Cut nth_equal(const Search& search) {
-    struct SpanCount {
-      uint64_t flat;
-      int64_t count;
-    };
-    std::vector<SpanCount> spans;
     std::mutex mutex;
-    auto in_order = [&](auto&& body) {
-      each_chunk({search}, [&](const Search& s, const Bits* keys, const uint64_t* index, int64_t n) {
+    auto each_equal = [&](auto&& body) {
+      each_chunk({search}, [&](const Search&, const Found& found) {
         std::lock_guard lock(mutex);
-        for (int64_t i = 0; i < n; ++i)
-          if (keys[i] == s.low) body(index[i]);
+        for (int64_t i = 0; i < found.count; ++i) body(found.flat + found.position[found.row[i]]);
       });
     };
     constexpr int kCell = 16;  // cells of 65,536 elements
     std::vector<int64_t> cells(size_t(group_.size >> kCell) + 1);
-    in_order([&](uint64_t index) { ++cells[size_t(index >> kCell)]; });
+    each_equal([&](uint64_t index) { ++cells[size_t(index >> kCell)]; });
     int64_t rank = search.rank;
     size_t cell = 0;
     for (; cells[cell] < rank; ++cell) rank -= cells[cell];
     std::vector<uint64_t> inside;
-    in_order([&](uint64_t index) {
+    each_equal([&](uint64_t index) {
       if (index >> kCell == cell) inside.push_back(index);
     });
     std::nth_element(inside.begin(), inside.begin() + (rank - 1), inside.end());
@@ -105,7 +97,15 @@ class Selection {
   }
 
  private:
-  // body(search, keys, flat indices, n) for the undecided keys of every search in every chunk.
+  // Undecided keys of one span: element `position[row[i]]` counted from flat index `flat` has key[i].
+  struct Found {
+    const Bits* key;
+    const uint32_t *row, *position;
+    uint64_t flat;
+    int64_t count;
+  };
+
+  // body(search, found) for the undecided keys of every search within [low, high], span by span.
   template <class F>
   void each_chunk(const std::vector<Search>& searches, F&& body) {
     crew_.each(int64_t(store_.chunks().size()), [&](int member, int64_t number) {
@@ -113,37 +113,32 @@ class Selection {
       const Chunk& chunk = *store_.chunks()[size_t(number)];
       if (chunk.size == 0) return;
       char* slab = store_.open(chunk, worker);
-      std::vector<Bits> keys(size_t(chunk.size + kMaxGroup));
-      std::vector<uint32_t> rows(size_t(chunk.size + kMaxGroup));
-      std::vector<uint64_t> index;
-      for (const Search& s : searches) {
-        const int64_t n = open_keys(chunk, slab, s.expert, keys.data(), rows.data(), &index);
-        body(s, keys.data(), index.data(), n);
-      }
+      const size_t room = size_t(chunk.size + kMaxGroup);
+      Bits* keys = worker.wide.reserve_for<Bits>(room);
+      uint32_t* rows = worker.cast.reserve_for<uint32_t>(room);
+      for (const Search& s : searches)
+        for (const Span& span : chunk.spans) body(s, open_keys(span, slab, s, keys, rows));
     });
   }
 
-  int64_t open_keys(const Chunk& chunk, char* slab, int k, Bits* keys, uint32_t* rows, std::vector<uint64_t>* index) {
+  Found open_keys(const Span& span, char* slab, const Search& s, Bits* keys, uint32_t* rows) {
     const ChunkLayout& layout = store_.layout();
     const uint32_t* position = layout.position(slab);
-    const std::vector<Cut> low{bracket_.low[size_t(k)]}, high{bracket_.high[size_t(k)]};
+    const JobView& view = group_.views[size_t(span.tensor)];
+    const uint64_t flat = group_.flat(size_t(span.tensor), span.origin);
+    const std::vector<Cut> low{bracket_.low[size_t(s.expert)]}, high{bracket_.high[size_t(s.expert)]};
     OpenKeys<Bits> to{keys, rows, 0, 0};
-    index->clear();
-    for (const Span& span : chunk.spans) {
-      const JobView& view = group_.views[size_t(span.tensor)];
-      const uint64_t flat = group_.flat(size_t(span.tensor), span.origin);
-      each_segment({&low, &high}, flat, span.size, [&](int64_t first, int64_t size) {
-        const auto begin = std::lower_bound(position + span.begin, position + span.end, uint32_t(first)) - position;
-        const auto end = std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
-        const int64_t offset = begin * layout.item, before = to.size;
-        to.origin = uint32_t(begin);
-        group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, k) + offset, end - begin,
-                                       threshold_at<Bits>(low[0], flat + uint64_t(first)),
-                                       threshold_at<Bits>(high[0], flat + uint64_t(first)), &to);
-        for (int64_t i = before; i < to.size; ++i) index->push_back(flat + position[rows[i]]);
-      });
-    }
-    return to.size;
+    each_segment({&low, &high}, flat, span.size, [&](int64_t first, int64_t size) {
+      const auto begin = std::lower_bound(position + span.begin, position + span.end, uint32_t(first)) - position;
+      const auto end = std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
+      const Bits from = std::max(threshold_at<Bits>(low[0], flat + uint64_t(first)), Bits(s.low));
+      const Bits below = std::min(threshold_at<Bits>(high[0], flat + uint64_t(first)), Bits(s.high + 1));
+      const int64_t offset = begin * layout.item;
+      to.origin = uint32_t(begin);
+      group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset, end - begin, from,
+                                     below, &to);
+    });
+    return {keys, rows, position, flat, to.size};
   }
 
   const Group<Work>& group_;

@@ -125,8 +125,6 @@ bool JobView::bypass_cache(const void* result, int64_t count) const {
 
 void JobView::store(Worker& worker, int64_t first, int64_t count, const void* result) const {
   void* address = output_address(first);
-  run_.report.bytes_written += count * job_->out.item;
-  run_.report.elements += count;
   if (direct_ && address == result) return;
   const void* source = result;
   if (!direct_) {

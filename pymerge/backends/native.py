@@ -20,8 +20,6 @@ from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# The numerics contract's version: bits of a result never change within one.
-NUMERICS_VERSION = 1
 
 _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
 _NO_FILE = -1

@@ -35,7 +35,8 @@ threshold per expert; where working types differ, magnitudes are compared as f64
 Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
 
 Rescale. scale_k = sum|d| / sum|kept d| per tensor and expert, both sums f64 in a fixed order (`ordered_sum`),
-the quotient taken in f64 and rounded to the working type; 1 if either sum < 1e-7 or density >= 1.
+the quotient taken in f64 and rounded to the working type; 1 if either sum < 1e-7, or
+where nothing is trimmed (density >= 1, or a method without a trim).
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ def combine(base: Tensor, deltas: Sequence[Tensor], kept: Sequence[Tensor], rule
     """One merged tensor in the working type: the base plus lambda times the merged task vector."""
     weights = [base.new_tensor(w) for w in rule.weights]
     values = [
-        (d * rescale(d, keep, density) if rule.rescale else d) * w
+        (d * rescale(d, keep, density) if rule.rescale and rule.trim is not Trim.NONE else d) * w
         for d, keep, density, w in zip(deltas, kept, rule.densities, weights, strict=True)
     ]
     mass = None

@@ -18,7 +18,6 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -342,7 +341,7 @@ def _take_lock(out: Path) -> int:
             if _is_same(fd, path) and not os.path.lexists(out):
                 with suppress(OSError):  # the text is for people; the lock holds without it
                     os.ftruncate(fd, 0)
-                    write_all(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
+                    write_all(fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
                 return fd
         except BlockingIOError:
             holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -148,18 +148,18 @@ class _Runner:
     def _watch(self, run: NativeRun) -> Report:
         """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
         outcome: Future[Report] = Future()
-        worker = threading.Thread(target=_execute, args=(run, outcome), name="merge", daemon=True)
-        worker.start()
         try:
-            while worker.is_alive():
-                worker.join(POLL_SECONDS)
+            threading.Thread(target=_execute, args=(run, outcome), name="merge", daemon=True).start()
+            while not outcome.done():
+                wait([outcome], POLL_SECONDS)
                 self.progress.update(self.done_bytes + run.bytes_done)
         except BaseException:
-            run.cancel()
-            # The descriptors must outlive the worker, whatever else the user presses.
-            while worker.is_alive():
+            # Cancelling the outcome fails once the worker is at it; the descriptors must then outlive
+            # the worker, whatever else the user presses.
+            while not outcome.cancel() and not outcome.done():
                 with suppress(KeyboardInterrupt):
-                    worker.join()
+                    run.cancel()
+                    wait([outcome])
             raise
         return outcome.result()
 
@@ -190,6 +190,8 @@ def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
 
 
 def _execute(run: NativeRun, outcome: Future[Report]) -> None:
+    if not outcome.set_running_or_notify_cancel():
+        return
     try:
         outcome.set_result(run.execute())
     except BaseException as error:

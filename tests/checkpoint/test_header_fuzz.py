@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
-from files import entry, raw
+from handmade import entry, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

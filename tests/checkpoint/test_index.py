@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from files import raw, write_index, write_tensors
+from handmade import raw, write_index, write_tensors
 
 from pymerge.checkpoint.index import Checkpoint, TensorRef, open_checkpoint
 from pymerge.errors import CheckpointError, ProblemList

@@ -149,8 +149,13 @@ def test_a_finished_shard_of_another_size_is_done_again(out: Path) -> None:
     os.truncate(folder_of(out) / NAMES[0], 10)
     with Staging.open(out, PLAN) as staging:
         assert staging.done(FIRST) is None
-        write_shard(staging, FIRST)
+        fd = staging.create(FIRST)
+        assert set(os.listdir(staging.folder)) == {LOCK_NAME, PLAN_NAME, NAMES[0] + ".part"}
+        staging.finish(FIRST, fd, {})
         assert staging.done(FIRST)
+        assert staging.done(layout(NAMES[0], count=4999)) is None
+        (staging.folder / (NAMES[0] + ".done")).write_text('{"size": 1}')
+        assert staging.done(FIRST) is None
 
 
 def test_another_plan_is_refused_with_the_difference(out: Path) -> None:

@@ -1,0 +1,199 @@
+"""The table of methods and the rules made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from pymerge.errors import ProblemList, RecipeError
+from pymerge.methods import METHODS, Method, explain, method_named, passes, rule_for
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+
+TIES = METHODS["ties"]
+# As mergekit 0.1.5 has them: elects, trims, normalize, rescale.
+DEFAULTS = {
+    "linear": (False, Trim.NONE, True, False),
+    "task_arithmetic": (False, Trim.NONE, False, False),
+    "ties": (True, Trim.MAGNITUDE, True, False),
+    "dare_linear": (False, Trim.RANDOM, False, True),
+    "dare_ties": (True, Trim.RANDOM, False, True),
+}
+
+
+def test_the_rows_are_mergekit_s() -> None:
+    rows = {row.name: (row.elect, row.trim, row.normalize, row.rescale) for row in METHODS.values()}
+    assert rows == DEFAULTS
+    assert [name for name, row in METHODS.items() if not row.task_vector] == ["linear"]
+    assert {row.density for row in METHODS.values()} == {1.0}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_defaults_reach_the_rule(method: Method) -> None:
+    rule = rule_for(method, weights=[1, 0.5])
+    assert rule == Rule(
+        task_vector=method.task_vector,
+        trim=method.trim,
+        elect=method.elect,
+        normalize=method.normalize,
+        rescale=method.rescale,
+        weights=(1.0, 0.5),
+        densities=(1.0, 1.0),
+    )
+    assert all(type(weight) is float for weight in rule.weights)
+
+
+def test_what_is_given_reaches_the_rule() -> None:
+    rule = rule_for(
+        TIES,
+        weights=[-1, 2],
+        densities=[0, 0.5],
+        lambda_=3,
+        normalize=False,
+        rescale=True,
+        threshold_ties=ThresholdTies.ALL,
+        scope=Scope.MODEL,
+        seed=2**64 - 1,
+    )
+    expected = Rule(
+        task_vector=True,
+        trim=Trim.MAGNITUDE,
+        elect=True,
+        normalize=False,
+        rescale=True,
+        weights=(-1.0, 2.0),
+        densities=(0.0, 0.5),
+        lambda_=3.0,
+        threshold_ties=ThresholdTies.ALL,
+        scope=Scope.MODEL,
+        seed=2**64 - 1,
+    )
+    assert rule == expected
+
+
+def test_what_a_method_does_not_use_is_neutral() -> None:
+    plain = rule_for(
+        METHODS["linear"], weights=[1], densities=[0.1], lambda_=5, rescale=True, scope=Scope.MODEL
+    )
+    assert (plain.densities, plain.lambda_, plain.rescale, plain.scope) == ((1.0,), 1.0, False, Scope.TENSOR)
+    dare = rule_for(METHODS["dare_ties"], weights=[1], densities=[0.1], scope=Scope.MODEL)
+    assert (dare.densities, dare.rescale, dare.scope) == ((0.1,), True, Scope.TENSOR)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"weights": []}, "ties needs at least one expert"),
+        ({"weights": [1, 2], "densities": [1]}, "1 densities for 2 experts"),
+        ({"weights": [1], "densities": [1, 1]}, "2 densities for 1 experts"),
+        ({"weights": [math.nan]}, "weight of expert 0 is nan, which is not a finite number in float32"),
+        ({"weights": [1, -math.inf]}, "weight of expert 1 is -inf, which is not a finite number in float32"),
+        ({"weights": [1e39]}, "weight of expert 0 is 1e+39, which is not a finite number in float32"),
+        ({"weights": [True]}, "weight of expert 0 is True, which is not a finite number in float32"),
+        ({"weights": [1], "densities": [1.0001]}, "density of expert 0 is 1.0001, which is outside 0 to 1"),
+        ({"weights": [1], "densities": [-0.1]}, "density of expert 0 is -0.1, which is outside 0 to 1"),
+        ({"weights": [1], "densities": [math.nan]}, "density of expert 0 is nan, which is outside 0 to 1"),
+        ({"weights": [1], "lambda_": math.inf}, "lambda is inf, which is not a finite number in float32"),
+        ({"weights": [1], "seed": -1}, "seed is -1, which is outside 0 to 2**64 - 1"),
+        ({"weights": [1], "seed": 2**64}, "seed is 18446744073709551616, which is outside 0 to 2**64 - 1"),
+        (
+            {"weights": [math.nan], "names": ["x/y"]},
+            "weight of x/y is nan, which is not a finite number in float32",
+        ),
+    ],
+)
+def test_bad_numbers(given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        rule_for(TIES, **given)  # type: ignore[arg-type]
+    assert str(caught.value) == sentence
+
+
+def test_bad_numbers_come_together() -> None:
+    with pytest.raises(ProblemList) as caught:
+        rule_for(TIES, weights=[math.nan, 1], densities=[2, -1], lambda_=math.nan)
+    assert len(caught.value.problems) == 4
+
+
+@pytest.mark.parametrize("weights", [[0.0], [1, -1], [0.1, 0.2, -0.3]])
+@pytest.mark.parametrize(
+    ("name", "normalize", "refused"),
+    [
+        ("linear", None, True),
+        ("linear", False, False),
+        ("task_arithmetic", None, False),
+        ("task_arithmetic", True, True),
+        ("dare_linear", True, True),
+        ("ties", None, False),
+        ("dare_ties", True, False),
+    ],
+)
+def test_weights_that_sum_to_zero(
+    weights: list[float], name: str, normalize: bool | None, refused: bool
+) -> None:
+    if not refused:
+        assert rule_for(METHODS[name], weights=weights, normalize=normalize).weights == tuple(weights)
+        return
+    with pytest.raises(RecipeError, match=f"the weights of {name} sum to .*, so they cannot be normalized"):
+        rule_for(METHODS[name], weights=weights, normalize=normalize)
+
+
+@pytest.mark.parametrize(
+    ("name", "densities", "rescale", "number"),
+    [
+        ("linear", None, None, 1),
+        ("task_arithmetic", [0.5], True, 1),
+        ("ties", [0.5], None, 1),
+        ("ties", [0.5], True, 2),
+        ("ties", [1.0], True, 1),
+        ("dare_ties", [0.5], None, 2),
+        ("dare_ties", [0.5], False, 1),
+        ("dare_ties", None, None, 1),
+    ],
+)
+def test_passes(name: str, densities: list[float] | None, rescale: bool | None, number: int) -> None:
+    assert passes(rule_for(METHODS[name], weights=[1], densities=densities, rescale=rescale)) == number
+
+
+@pytest.mark.parametrize("name", ["tie", "ties_", "TIES", "dare-ties", "slerp", ""])
+def test_unknown_methods_list_the_known(name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        method_named(name)
+    assert f"unknown merge method {name!r}" in str(caught.value)
+    assert "known are linear, task_arithmetic, ties, dare_linear, dare_ties" in str(caught.value)
+
+
+def test_near_names_are_suggested() -> None:
+    with pytest.raises(RecipeError, match=r"did you mean dare_ties\?"):
+        method_named("dare-ties")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_explain_follows_the_row(method: Method) -> None:
+    lines = dict(line.split(maxsplit=1) for line in explain(method).splitlines()[1:])
+    assert list(lines) == [
+        "paper",
+        "inputs",
+        "defaults",
+        "statistics",
+        "trim",
+        "elect",
+        "combine",
+        "passes",
+        "bytes",
+    ]
+    assert ("none" in lines["trim"]) == (method.trim is Trim.NONE)
+    assert lines["elect"].startswith("none") != method.elect
+    assert ("divided by" in lines["combine"]) == method.normalize
+    assert lines["passes"][0] == ("2" if method.rescale else "1")
+    assert ("k-th largest" in lines["statistics"]) == (method.trim is Trim.MAGNITUDE)
+    assert ("K + 1" in lines["bytes"]) == method.task_vector
+
+
+def test_explain_is_derived_and_not_written() -> None:
+    other = dataclasses.replace(TIES, elect=False, rescale=True, normalize=False)
+    text = explain(other)
+    assert "sum |d| before and after the trim" in text
+    assert "2 while density < 1" in text
+    assert "elect       none" in text
+    assert "divided by" not in text
