@@ -18,7 +18,7 @@ from pymerge.rule import Scope
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a folder of safetensors files."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

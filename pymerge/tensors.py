@@ -19,8 +19,16 @@ if TYPE_CHECKING:
     import torch
 
     Tensors = TypeVar(
-        "Tensors", torch.Tensor, "np.ndarray[Any, Any]", Mapping[str, torch.Tensor], Mapping[str, "np.ndarray[Any, Any]"]
+        "Tensors",
+        torch.Tensor,
+        "np.ndarray[Any, Any]",
+        Mapping[str, torch.Tensor],
+        Mapping[str, "np.ndarray[Any, Any]"],
     )
+
+
+# The undecided positions of tensors in memory may take this part of the inputs' size (they need half of it).
+LIST_SHARE = 8
 
 
 class Backend(Enum):
@@ -52,13 +60,14 @@ def merge_tensors(
 
     `base`, `experts`: tensors, or dicts of tensors with the same names; never modified. `base` is None for
     `linear`. `weight`, `density`: a number for all experts or one for each; None: the method's default.
-    `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among equals,
-    "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole dict.
-    `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
-    (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu", "reference" or None.
+    `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among
+    equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
+    dict. `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
+    (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu",
+    "reference" or None.
     Raises RecipeError for wrong options, BackendError for inputs that no backend takes.
     """
-    rule = rule_for(
+    rule: Rule = rule_for(
         method_named(method),
         weights=_per_expert(weight, len(experts), 1.0, "weight"),
         densities=None if density is None else _per_expert(density, len(experts), 1.0, "density"),
@@ -91,7 +100,9 @@ def _choice(kind: type[E_], text: str, name: str) -> E_:
         raise RecipeError(f"{name} is {text!r}, expected {known}") from None
 
 
-def _per_expert(value: float | Sequence[float] | None, count: int, default: float, name: str) -> tuple[float, ...]:
+def _per_expert(
+    value: float | Sequence[float] | None, count: int, default: float, name: str
+) -> tuple[float, ...]:
     if value is None:
         return (default,) * count
     if isinstance(value, (int, float)):
@@ -110,7 +121,9 @@ def _merge_named(
             raise BackendError(f"input {number} is a {type(source).__name__}, but the first input is a dict")
         if source.keys() != sources[0].keys():
             odd = sorted(set(source) ^ set(sources[0]))
-            raise BackendError(f"input {number} does not have the first input's names; they differ in {odd[:3]}")
+            raise BackendError(
+                f"input {number} does not have the first input's names; they differ in {odd[:3]}"
+            )
     inputs = {name: [source[name] for source in sources] for name in sources[0]}
     if not inputs:
         return {}
@@ -118,7 +131,8 @@ def _merge_named(
     wanted = None if out_dtype is None else kind.parse_dtype(out_dtype)
     checked = {name: _check(name, arrays, kind, backend) for name, arrays in inputs.items()}
     results = {
-        name: _result(name, arrays, kind, wanted, None if out is None else out[name]) for name, arrays in checked.items()
+        name: _result(name, arrays, kind, wanted, None if out is None else out[name])
+        for name, arrays in checked.items()
     }
     chosen = _choice(Backend, backend or Backend.CPU.value, "backend")
     if chosen is Backend.REFERENCE:
@@ -132,7 +146,9 @@ def _check(name: str, arrays: list[Any], kind: ArrayKind, backend: str | None) -
     label = f"tensor {name!r}: " if name else ""
     for number, array in enumerate(arrays):
         if kind_of(array) is not kind:
-            raise BackendError(f"{label}input {number} is a {type(array).__name__}, but the first input is not")
+            raise BackendError(
+                f"{label}input {number} is a {type(array).__name__}, but the first input is not"
+            )
         if kind.shape(array) != kind.shape(arrays[0]):
             raise BackendError(
                 f"{label}input {number} has shape {kind.shape(array)}, expected {kind.shape(arrays[0])}"
@@ -156,17 +172,25 @@ def _result(name: str, arrays: list[Array], kind: ArrayKind, wanted: DType | Non
         return kind.empty(arrays[0], dtype)
     label = f"tensor {name!r}: " if name else ""
     if kind_of(out) is not kind or kind.shape(out) != kind.shape(arrays[0]) or kind.dtype(out) is not dtype:
-        raise BackendError(f"{label}out must have shape {kind.shape(arrays[0])} and element type {dtype.torch_name}")
+        raise BackendError(
+            f"{label}out must have shape {kind.shape(arrays[0])} and element type {dtype.torch_name}"
+        )
     if not kind.is_contiguous(out):
         raise BackendError(f"{label}out must be contiguous")
     start, end = kind.span(out)
     if any(kind.span(array)[0] < end and start < kind.span(array)[1] for array in arrays):
-        raise BackendError(f"{label}out shares memory with an input, which would be overwritten while it is read")
+        raise BackendError(
+            f"{label}out shares memory with an input, which would be overwritten while it is read"
+        )
     return cast("Array", out)
 
 
 def _run_native(
-    inputs: dict[str, list[Array]], results: dict[str, Array], rule: Rule, kind: ArrayKind, threads: int | None
+    inputs: dict[str, list[Array]],
+    results: dict[str, Array],
+    rule: Rule,
+    kind: ArrayKind,
+    threads: int | None,
 ) -> None:
     from pymerge.backends.native import NativeRun, Settings
 
@@ -188,7 +212,9 @@ def _run_native(
                 rule=rule if mergeable else None,
             )
         )
-    NativeRun(jobs, rule.scope, [], Settings(threads=threads or 0)).execute()
+    size = sum(kind.span(array)[1] - kind.span(array)[0] for arrays in inputs.values() for array in arrays)
+    settings = Settings(threads=threads or 0, memory=max(Settings.memory, size // LIST_SHARE))
+    NativeRun(jobs, rule.scope, [], settings).execute()
 
 
 def _run_reference(

@@ -7,7 +7,7 @@ round to f32 on the way, so the reference agrees within tolerances.py and exactl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -114,9 +114,9 @@ def scale_of(d: Numbers, keep: list[bool], density: float, rule: Rule) -> float:
     return 1.0 if before < 1e-7 or after < 1e-7 else before / after
 
 
-def total(values: Sequence[float] | object) -> float:
+def total(values: Iterable[float]) -> float:
     """An exactly rounded sum that lets infinities through."""
-    listed = list(values)  # type: ignore[call-overload]
+    listed = list(values)
     return math.fsum(listed) if all(map(math.isfinite, listed)) else sum(listed)
 
 

@@ -186,7 +186,7 @@ def test_verify_of_what_is_no_merge(manifest: str | None, part: str, tmp_path: P
 
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole demo on a family of one layer; and that it fails when one result is wrong."""
-    from pymerge import demo, demo_family
+    from pymerge import demo, demo_check, demo_family
 
     monkeypatch.setattr(demo_family, "LAYERS", 1)
     monkeypatch.setattr(demo_family, "HIDDEN", 32)
@@ -199,7 +199,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "demo" / "merged-ties" / "merge.manifest.json").is_file()
     again = call("demo", tmp_path / "demo")
     assert (again.exit_code, "is not an empty folder" in again.stderr) == (2, True)
-    right = demo.expected
+    right = demo_check.expected
     monkeypatch.setattr(demo, "expected", lambda *a: right(*a) ^ 1 if a[0].method == "ties" else right(*a))
     wrong = call("demo")
     assert wrong.exit_code == 1

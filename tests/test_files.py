@@ -154,15 +154,14 @@ def test_types_mixed_across_models(tmp_path: Path) -> None:
     base_path = write_checkpoint(tmp_path / "base", base, 2)
     paths = tuple(write_checkpoint(tmp_path / f"e{k}", e, k + 1) for k, e in enumerate(experts))
     mixed = Family(base_path, paths, base, experts)
-    for i, (top, out_dtype, cast) in enumerate(
-        [
-            ({}, torch.float32, None),
-            ({"out_dtype": "float16"}, torch.float16, None),
-            ({"dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
-            ({"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16, torch.float32),
-            ({"dtype": "float64"}, torch.float64, torch.float64),
-        ]
-    ):
+    cases: list[tuple[dict[str, Any], torch.dtype, torch.dtype | None]] = [
+        ({}, torch.float32, None),
+        ({"out_dtype": "float16"}, torch.float16, None),
+        ({"dtype": "bfloat16"}, torch.bfloat16, torch.bfloat16),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, torch.bfloat16, torch.float32),
+        ({"dtype": "float64"}, torch.float64, torch.float64),
+    ]
+    for i, (top, out_dtype, cast) in enumerate(cases):
         rule, recipe = rule_and_recipe(tmp_path / f"{i}.yml", mixed, "ties", **top)
         pymerge.merge(recipe, tmp_path / f"out{i}")
         assert_holds(tmp_path / f"out{i}", expected_merge(mixed, rule, out_dtype, cast))

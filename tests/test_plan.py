@@ -34,7 +34,7 @@ def family(tmp_path: Path) -> Path:
 def planned(folder: Path, out: str | None = None, method: str = "ties", **parameters: object) -> Plan:
     shard = parameters.pop("max_shard_bytes", 10**9)
     dtype = parameters.pop("dtype", None)
-    text = recipe_text(method, ["one", "two"], "base", **parameters)
+    text = recipe_text(method, ["one", "two"], "base", **parameters)  # type: ignore[arg-type]
     where = None if out is None else folder / out
     return make_plan(parse_recipe(text, folder), where, max_shard_bytes=shard, dtype=dtype)  # type: ignore[arg-type]
 

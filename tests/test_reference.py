@@ -41,7 +41,8 @@ def merge_one(
     merged = reference.merge_group(
         ["x"], bases, [[torch.tensor(x, dtype=dtype) for x in experts]], rule, [dtype]
     )
-    return merged[0].tolist()
+    numbers: list[float] = merged[0].tolist()
+    return numbers
 
 
 # -- against the oracle -------------------------------------------------------------------------------------

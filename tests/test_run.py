@@ -157,12 +157,12 @@ def test_scope_model_resumes_when_only_some_shards_were_finished(
     plan = planned(family, scope="model")
     execute_plan(plan, family / "whole", Settings())
     finish = Staging.finish
-    finished = []
+    finished: list[object] = []
 
     def interrupted(self: Staging, *args: object) -> None:
         if finished:
             raise KeyboardInterrupt
-        finished.append(finish(self, *args))  # type: ignore[arg-type,func-returns-value]
+        finished.append(finish(self, *args))  # type: ignore[arg-type]
 
     monkeypatch.setattr(Staging, "finish", interrupted)
     with pytest.raises(KeyboardInterrupt):

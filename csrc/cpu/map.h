@@ -80,6 +80,14 @@ class MapKernel {
     std::copy(to, to + count, out);
   }
 
+  // Asks for what comes 512 bytes later: 1.2 times the speed of the hardware prefetcher alone over nine streams
+  // (Ice Lake, 2 threads, K = 8, bf16: 0.067 s against 0.080 s for 64 Mi elements; 1,024 and 2,048 were slower).
+  PM_HD static void prefetch(const Raw* p) {
+    constexpr int kAhead = 512, kLine = 64;
+    for (int line = 0; line < int(kElements * sizeof(Raw)); line += kLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + line);
+  }
+
   PM_HD void trim_group(int k, uint64_t index, const V (&d)[kGroup], Mask (&keep)[kGroup]) {
     if constexpr (S::trim == Trim::magnitude) {
 #pragma GCC unroll 4
@@ -116,6 +124,7 @@ class MapKernel {
       V d[kGroup];
       Mask keep[kGroup];
       load_group<kOrdered>(T{}, expert[k] + at, d);
+      prefetch(expert[k] + at);
 #pragma GCC unroll 4
       for (int g = 0; g < kGroup; ++g)
         if constexpr (S::base) d[g] = d[g] - b[g];
@@ -132,9 +141,19 @@ class MapKernel {
     }
     V result[kGroup];
     finish(b, mass, result);
-    const bool nan = store_group<kOrdered>(T{}, out, result, b_.bypass_cache && count == kElements);
-    if (nan) [[unlikely]] count_nan(result, count);
-    if constexpr (kCollecting) collect(base, expert, result, at, offset);
+    const bool bypass_cache = b_.bypass_cache && count == kElements;
+    if constexpr (kCollecting) {  // by way of the stack: the undecided keep a copy, and `out` may bypass the cache
+      alignas(64) Raw line[kElements];
+      if (store_group<kOrdered>(T{}, line, result, false)) [[unlikely]] count_nan(line, count);
+      V::copy(out, line, sizeof line, bypass_cache);
+      collect(base, expert, line, at, offset);
+    } else {
+      if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]] {
+        Raw line[kElements];
+        store_group<kOrdered>(T{}, line, result, false);
+        count_nan(line, count);
+      }
+    }
   }
 
   PM_HD void finish(const V (&b)[kGroup], const V (&mass)[kGroup], V (&result)[kGroup]) {
@@ -165,20 +184,16 @@ class MapKernel {
     }
   }
 
-  void count_nan(const V (&result)[kGroup], int count) {
-    Raw raw[kMaxGroup];
-    store_group<kOrdered>(T{}, raw, result, false);
-    nan_ += std::count(raw, raw + count, T::nan);
-  }
+  void count_nan(const Raw (&line)[kElements], int count) { nan_ += std::count(line, line + count, T::nan); }
 
-  PM_HD void collect(const Raw* base, const Raw* const* expert, const V (&result)[kGroup], int64_t at, int64_t offset) {
+  PM_HD void collect(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], int64_t at, int64_t offset) {
     uint64_t any = 0;
     for (int k = 0; k < p_.experts; ++k) {
       uint64_t field[3];
       memcpy(field, fields_ + 3 * kGroup * k, sizeof field);
       const uint64_t kept = field[0], open = field[1] & ~kept;
       any |= open;
-      b_.opened[k] += __builtin_popcountll(open);
+      if (open) b_.opened[k] += __builtin_popcountll(open);
       if constexpr (S::collect == Collect::all) {
         b_.kept[k] += __builtin_popcountll(kept);
         b_.above[k] += __builtin_popcountll(field[2]);
@@ -186,17 +201,15 @@ class MapKernel {
         b_.above[k] += __builtin_popcountll(kept);
       }
     }
-    if (any) append(base, expert, result, element_mask<kOrdered>(T{}, V{}, any), at, offset);
+    if (any) append(base, expert, line, element_mask<kOrdered>(T{}, V{}, any), at, offset);
   }
 
-  void append(const Raw* base, const Raw* const* expert, const V (&result)[kGroup], uint64_t bits, int64_t at,
+  void append(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], uint64_t bits, int64_t at,
               int64_t offset) {
     const int64_t size = open_->size;
-    Raw provisional[kMaxGroup];
-    uint32_t position[kMaxGroup];
-    store_group<kOrdered>(T{}, provisional, result, false);
+    uint32_t position[kElements];
     for (int j = 0; j < kElements; ++j) position[j] = uint32_t(open_->origin + offset + j);
-    pack_group(V{}, provisional, bits, static_cast<Raw*>(open_->provisional) + size);
+    pack_group(V{}, line, bits, static_cast<Raw*>(open_->provisional) + size);
     pack_group(V{}, position, bits, open_->position + size);
     pack_group(V{}, base + at, bits, static_cast<Raw*>(open_->base) + size);
     for (int k = 0; k < p_.experts; ++k)

@@ -30,7 +30,7 @@ class KeyRanks {
   Bits nth_largest(int64_t rank, int64_t* larger) const {
     int64_t above = 0;
     size_t bin = kBins - 1;
-    while (above + bins_[bin] < rank) above += bins_[bin--];
+    while (above + int64_t(bins_[bin]) < rank) above += bins_[bin--];
     std::vector<Bits> inside;
     inside.reserve(size_t(bins_[bin]));
     for (int64_t i = 0; i < size_; ++i)
@@ -50,11 +50,11 @@ class KeyRanks {
   }
 
  private:
-  static constexpr int kShift = sizeof(Bits) * 8 - 12;  // the sign bit is clear: 11 bits
-  static constexpr size_t kBins = 2048;
+  static constexpr int kShift = sizeof(Bits) * 8 - 14;  // the sign bit is clear: 13 bits, 32 KiB of counters
+  static constexpr size_t kBins = 8192;
   const Bits* keys_;
   int64_t size_;
-  std::vector<int64_t> bins_;
+  std::vector<uint32_t> bins_;
 };
 
 }  // namespace pm

@@ -6,6 +6,13 @@
 
 namespace pm {
 
+PM_HD void store_half_line(void* p, __m256i half, bool bypass_cache) {
+  if (bypass_cache)
+    _mm256_stream_si256(static_cast<__m256i*>(p), half);
+  else
+    _mm256_storeu_si256(static_cast<__m256i*>(p), half);
+}
+
 struct Avx2 {
   using Work = float;
   using Bits = uint32_t;
@@ -21,6 +28,12 @@ struct Avx2 {
   };
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
+  PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
+    for (size_t at = 0; at < bytes; at += 32) {
+      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + at));
+      store_half_line(static_cast<char*>(to) + at, half, bypass_cache);
+    }
+  }
   PM_HD static void store_masks(uint16_t* field, const Mask (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
   }
@@ -77,12 +90,6 @@ PM_HD void load_group(F32, const uint32_t* p, Avx2 (&v)[kGroup]) {
   for (int g = 0; g < kGroup; ++g) v[g] = {_mm256_loadu_ps(reinterpret_cast<const float*>(p + 8 * g))};
 }
 
-PM_HD void store_half_line(void* p, __m256i half, bool bypass_cache) {
-  if (bypass_cache)
-    _mm256_stream_si256(static_cast<__m256i*>(p), half);
-  else
-    _mm256_storeu_si256(static_cast<__m256i*>(p), half);
-}
 PM_HD __m256i round_bf16(Avx2 a, Avx2::Mask nan) {
   const __m256i u = bits_of(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

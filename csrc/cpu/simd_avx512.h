@@ -6,6 +6,13 @@
 
 namespace pm {
 
+PM_HD void store_line(void* p, __m512i line, bool bypass_cache) {
+  if (bypass_cache)
+    _mm512_stream_si512(static_cast<__m512i*>(p), line);
+  else
+    _mm512_storeu_si512(p, line);
+}
+
 struct Avx512 {
   using Work = float;
   using Bits = uint32_t;
@@ -15,6 +22,12 @@ struct Avx512 {
 
   PM_HD static Avx512 set(float value) { return {_mm512_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(__mmask16 m) { return m; }
+  PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
+    for (size_t at = 0; at < bytes; at += 64) {
+      const __m512i line = _mm512_load_si512(static_cast<const char*>(from) + at);
+      store_line(static_cast<char*>(to) + at, line, bypass_cache);
+    }
+  }
   // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions for 4.
   PM_HD static void store_masks(uint16_t* field, const __mmask16 (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) asm("kmovw %1, %0" : "=m"(field[g]) : "k"(m[g]));
@@ -72,12 +85,6 @@ PM_HD void load_group(F32, const uint32_t* p, Avx512 (&v)[kGroup]) {
   for (int g = 0; g < kGroup; ++g) v[g] = {_mm512_loadu_ps(p + 16 * g)};
 }
 
-PM_HD void store_line(void* p, __m512i line, bool bypass_cache) {
-  if (bypass_cache)
-    _mm512_stream_si512(static_cast<__m512i*>(p), line);
-  else
-    _mm512_storeu_si512(p, line);
-}
 // Adds what rounds the upper half to nearest even; the caller takes the upper half.
 PM_HD __m512i round_bf16(Avx512 a, __mmask16 nan) {
   const __m512i u = bits_of(a);

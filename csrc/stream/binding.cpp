@@ -16,6 +16,7 @@ namespace {
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
+using CutList = std::vector<std::vector<std::pair<uint64_t, uint64_t>>>;
 
 Rule make_rule(const py::dict& d) {
   Rule rule;
@@ -41,10 +42,11 @@ Region make_region(const int64_t* row) {
 // One run over a list of jobs. `execute` blocks without the interpreter lock; the others may be called meanwhile.
 class Run {
  public:
-  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job.
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given: thresholds
+  // per group, or nothing.
   Run(const Array<int64_t>& jobs, const Array<uint64_t>& keys, const Array<int64_t>& inputs,
       const Array<int64_t>& outs, const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups,
-      std::vector<int> files, const py::dict& settings)
+      std::vector<int> files, const py::dict& settings, const CutList& given)
       : groups_(std::move(groups)) {
     const auto job = jobs.unchecked<2>();
     for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
@@ -67,6 +69,10 @@ class Run {
     }
     Settings& s = run_.settings;
     s.isa = Isa(settings["isa"].cast<int>());
+    for (const auto& group : given) {
+      run_.cuts.emplace_back();
+      for (const auto& [magnitude, index] : group) run_.cuts.back().push_back({magnitude, index});
+    }
     isa_kernels(s.isa);  // refuses an instruction set that the processor lacks
     s.threads = std::max(1, settings["threads"].cast<int>());
     s.tile = std::max<int64_t>(64, settings["tile"].cast<int64_t>() / 64 * 64);
@@ -104,8 +110,8 @@ class Run {
     return d;
   }
   // Per group, per expert: (magnitude bits, first flat index not kept among equals).
-  std::vector<std::vector<std::pair<uint64_t, uint64_t>>> cuts() const {
-    std::vector<std::vector<std::pair<uint64_t, uint64_t>>> all;
+  CutList cuts() const {
+    CutList all;
     for (const auto& group : run_.cuts) {
       all.emplace_back();
       for (const Cut& cut : group) all.back().emplace_back(cut.magnitude, cut.index);
@@ -126,7 +132,7 @@ class Run {
 void bind_stream(py::module_& m) {
   py::class_<Run>(m, "Run")
       .def(py::init<const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&, const Array<int64_t>&,
-                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&>())
+                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&, const CutList&>())
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)

@@ -29,7 +29,7 @@ Samples choose_samples(const Group<Work>& group) {
   const bool in_files = group.views[0].job().input[0].file != kInMemory;
   Samples s;
   s.length = in_files ? 256 : 64;
-  const int64_t wanted = std::min<int64_t>(kMostSamples, int64_t(3 * std::pow(double(group.size), 2.0 / 3)));
+  const int64_t wanted = std::min<int64_t>(kMostSamples, int64_t(2 * std::pow(double(group.size), 2.0 / 3)));
   const int64_t affordable = (int64_t(64) << 20) / (group.experts() * int64_t(sizeof(Work)));
   s.clusters = std::max<int64_t>(8, std::min(wanted, affordable) / s.length);
   s.clusters = std::max<int64_t>(1, std::min<int64_t>(s.clusters, int64_t(group.size) / s.length));

@@ -67,6 +67,7 @@ class GroupMerge {
       if (rule_.trim == Trim::random && rule_.rescale) rescale({});
       return map({});
     }
+    if (!run_.cuts[size_t(group_.number)].empty()) return finish(run_.cuts[size_t(group_.number)]);
     run_.report.searched += 1;
     const bool trivial = each_expert([](int64_t kept) { return kept <= 0; });
     if (group_.size <= kSmallGroup || trivial) return finish(small_cuts());

@@ -64,7 +64,7 @@ class Selection {
     each_chunk(searches, [&](const Search& s, const Found& here) {
       std::lock_guard lock(mutex);
       auto& list = found[size_t(&s - searches.data())];
-      for (int64_t i = 0; i < here.count; ++i) list.push_back({here.key[i], here.flat + here.position[here.row[i]]});
+      for (int64_t i = 0; i < here.count; ++i) list.push_back({here.key[i], here.index(i)});
     });
     for (size_t i = 0; i < searches.size(); ++i) {
       const auto nth = found[i].begin() + (searches[i].rank - 1);
@@ -73,52 +73,66 @@ class Selection {
     }
   }
 
-  // Too many equal keys to gather: count them per cell, then look into the one cell that holds the last kept.
-  Cut nth_equal(const Search& search) {
-    std::mutex mutex;
-    auto each_equal = [&](auto&& body) {
-      each_chunk({search}, [&](const Search&, const Found& found) {
-        std::lock_guard lock(mutex);
-        for (int64_t i = 0; i < found.count; ++i) body(found.flat + found.position[found.row[i]]);
-      });
+  // Keys that are all equal need no sorting: they are counted per span, and one span holds the last kept.
+  void place_equal(const std::vector<Search>& searches, std::vector<Cut>* cuts) {
+    struct SpanCount {
+      uint64_t first;  // flat index of the span's first undecided element
+      int64_t count, chunk;
+      size_t span;
+      bool operator<(const SpanCount& other) const { return first < other.first; }
     };
-    constexpr int kCell = 16;  // cells of 65,536 elements
-    std::vector<int64_t> cells(size_t(group_.size >> kCell) + 1);
-    each_equal([&](uint64_t index) { ++cells[size_t(index >> kCell)]; });
-    int64_t rank = search.rank;
-    size_t cell = 0;
-    for (; cells[cell] < rank; ++cell) rank -= cells[cell];
-    std::vector<uint64_t> inside;
-    each_equal([&](uint64_t index) {
-      if (index >> kCell == cell) inside.push_back(index);
+    std::vector<std::vector<SpanCount>> counts(searches.size());
+    std::mutex mutex;
+    each_chunk(searches, [&](const Search& s, const Found& found) {
+      if (!found.count) return;
+      std::lock_guard lock(mutex);
+      counts[size_t(&s - searches.data())].push_back({found.index(0), found.count, found.chunk, found.span});
     });
-    std::nth_element(inside.begin(), inside.begin() + (rank - 1), inside.end());
-    return {search.low, inside[size_t(rank - 1)] + 1};
+    Worker& worker = group_.run().workers[size_t(crew_.size() - 1)];
+    for (size_t i = 0; i < searches.size(); ++i) {
+      std::sort(counts[i].begin(), counts[i].end());
+      int64_t rank = searches[i].rank;
+      auto it = counts[i].begin();
+      for (; it->count < rank; ++it) rank -= it->count;
+      visit(worker, it->chunk, {searches[i]}, [&](const Search& s, const Found& found) {
+        if (found.span == it->span) (*cuts)[size_t(s.expert)] = {s.low, found.index(rank - 1) + 1};
+      });
+    }
   }
 
  private:
-  // Undecided keys of one span: element `position[row[i]]` counted from flat index `flat` has key[i].
+  // Undecided keys of one span of one chunk, in flat-index order.
   struct Found {
     const Bits* key;
     const uint32_t *row, *position;
-    uint64_t flat;
-    int64_t count;
+    uint64_t flat;  // of the span's tile
+    int64_t count, chunk;
+    size_t span;
+    uint64_t index(int64_t i) const { return flat + position[row[i]]; }
   };
 
   // body(search, found) for the undecided keys of every search within [low, high], span by span.
   template <class F>
   void each_chunk(const std::vector<Search>& searches, F&& body) {
     crew_.each(int64_t(store_.chunks().size()), [&](int member, int64_t number) {
-      Worker& worker = group_.run().workers[size_t(member)];
-      const Chunk& chunk = *store_.chunks()[size_t(number)];
-      if (chunk.size == 0) return;
-      char* slab = store_.open(chunk, worker);
-      const size_t room = size_t(chunk.size + kMaxGroup);
-      Bits* keys = worker.wide.reserve_for<Bits>(room);
-      uint32_t* rows = worker.cast.reserve_for<uint32_t>(room);
-      for (const Search& s : searches)
-        for (const Span& span : chunk.spans) body(s, open_keys(span, slab, s, keys, rows));
+      visit(group_.run().workers[size_t(member)], number, searches, body);
     });
+  }
+
+  template <class F>
+  void visit(Worker& worker, int64_t number, const std::vector<Search>& searches, F&& body) {
+    const Chunk& chunk = *store_.chunks()[size_t(number)];
+    if (chunk.size == 0) return;
+    char* slab = store_.open(chunk, worker);
+    const size_t room = size_t(chunk.size + kMaxGroup);
+    Bits* keys = worker.wide.reserve_for<Bits>(room);
+    uint32_t* rows = worker.cast.reserve_for<uint32_t>(room);
+    for (const Search& s : searches)
+      for (size_t i = 0; i < chunk.spans.size(); ++i) {
+        Found found = open_keys(chunk.spans[i], slab, s, keys, rows);
+        found.chunk = number, found.span = i;
+        body(s, found);
+      }
   }
 
   Found open_keys(const Span& span, char* slab, const Search& s, Bits* keys, uint32_t* rows) {
@@ -138,7 +152,7 @@ class Selection {
       group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset, end - begin, from,
                                      below, &to);
     });
-    return {keys, rows, position, flat, to.size};
+    return {keys, rows, position, flat, to.size, 0, 0};
   }
 
   const Group<Work>& group_;
@@ -187,25 +201,22 @@ bool select_cuts(const Group<Work>& group, Crew& crew, UndecidedStore& store, co
     }
   }
   Selection<Work> selection(group, crew, store, bracket);
-  auto settled = [](const Search& s) { return s.count <= kGatherable || s.low == s.high; };
-  for (;;) {
-    std::vector<Search> open;
-    std::copy_if(searches.begin(), searches.end(), std::back_inserter(open), [&](auto& s) { return !settled(s); });
-    if (open.empty()) break;
-    selection.narrow(open);
-    for (Search& s : open)
-      *std::find_if(searches.begin(), searches.end(), [&](auto& old) { return old.expert == s.expert; }) = s;
+  auto small = [](const Search& s) { return s.count <= kGatherable; };
+  auto equal = [&](const Search& s) { return s.low == s.high && !small(s); };
+  auto take = [&](auto&& test) {
+    std::vector<Search> taken;
+    std::copy_if(searches.begin(), searches.end(), std::back_inserter(taken), test);
+    std::erase_if(searches, test);
+    return taken;
+  };
+  while (!searches.empty()) {
+    if (auto few = take(small); !few.empty()) selection.gather(few, cuts);
+    if (auto same = take(equal); !same.empty()) selection.place_equal(same, cuts);
+    if (!searches.empty()) selection.narrow(searches);
   }
-  std::vector<Search> small;
-  for (const Search& s : searches) {
-    if (s.count <= kGatherable)
-      small.push_back(s);
-    else
-      (*cuts)[size_t(s.expert)] = group.rule().all_ties ? Cut{s.low, 0} : selection.nth_equal(s);
-  }
-  if (!small.empty()) selection.gather(small, cuts);
   if (group.rule().all_ties)
-    for (const Search& s : searches) (*cuts)[size_t(s.expert)].index = Cut::kAllIndices;
+    for (Cut& cut : *cuts)
+      if (cut.magnitude != Cut::keep_none().magnitude) cut.index = Cut::kAllIndices;
   return true;
 }
 

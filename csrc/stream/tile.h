@@ -44,7 +44,7 @@ struct RunContext {
   std::vector<TensorJob> jobs;
   std::vector<Rule> rules;
   std::vector<Worker> workers;
-  std::vector<std::vector<Cut>> cuts;  // per group: the thresholds that were found, one per expert
+  std::vector<std::vector<Cut>> cuts;  // per group: the thresholds, one per expert; given, or empty until found
   Report report;
 
   void check_cancelled() const {

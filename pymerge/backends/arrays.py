@@ -59,7 +59,12 @@ class _Numpy:
         return start, start + int(array.nbytes)
 
     def is_contiguous(self, array: Array) -> bool:
-        return bool(array.flags.c_contiguous and array.flags.aligned and array.flags.writeable and array.dtype.isnative)
+        return bool(
+            array.flags.c_contiguous
+            and array.flags.aligned
+            and array.flags.writeable
+            and array.dtype.isnative
+        )
 
     def contiguous(self, array: Array) -> Array:
         native = array.dtype.newbyteorder("=")
@@ -90,7 +95,8 @@ def _numpy_dtype(dtype: DType) -> np.dtype[Any]:
         import ml_dtypes
     except ImportError:
         raise BackendError("bfloat16 numpy arrays need the package ml_dtypes") from None
-    return np.dtype(ml_dtypes.bfloat16)
+    bfloat16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return bfloat16
 
 
 class _Torch:
@@ -129,7 +135,9 @@ class _Torch:
         if array.device.type != "cpu":
             raise BackendError(f"{label} lies on {array.device}; the cpu backend takes tensors on the CPU")
         if array.requires_grad and torch.is_grad_enabled():
-            raise BackendError(f"{label} requires a gradient, which a merge does not give; use torch.no_grad()")
+            raise BackendError(
+                f"{label} requires a gradient, which a merge does not give; use torch.no_grad()"
+            )
 
     def as_torch(self, array: Array) -> Array:
         return array.detach()

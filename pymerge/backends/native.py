@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pymerge import _core
+from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import Region, TensorJob
@@ -38,10 +38,11 @@ class Isa(Enum):
 class Settings:
     """How a run is carried out; nothing here changes a bit of the result.
 
-    `threads`: 0 for one per available core. `tile`: elements per step. `memory`: bytes for undecided positions
-    before they go to `spill` (an open read-write file) or, without one, the exact two-pass route is taken.
-    `sigmas`: half width of the threshold bracket in standard errors. `bracket_bias` shifts the bracket by that
-    share of the ranks, so that tests can force a miss. `drop_behind`: inputs are not needed again soon.
+    `threads`: 0 for one per available core. `tile`: elements per step. `memory`: bytes for undecided
+    positions before they go to `spill` (an open read-write file) or, without one, the exact two-pass route
+    is taken. `sigmas`: half width of the threshold bracket in standard errors. `bracket_bias` shifts the
+    bracket by that share of the ranks, so that tests can force a miss. `drop_behind`: inputs are not needed
+    again soon.
     """
 
     threads: int = 0
@@ -74,7 +75,8 @@ class Threshold:
 class Report:
     """What a run did. `fallbacks`: groups that took the exact two-pass route.
 
-    `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was searched.
+    `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was
+    searched.
     """
 
     bytes_read: int
@@ -84,12 +86,6 @@ class Report:
     fallbacks: int
     nan_outputs: int
     thresholds: tuple[tuple[Threshold, ...], ...]
-
-
-def random_key(seed: int, name: str) -> int:
-    """The 64-bit Philox key of a tensor: the same for any order, thread count or device."""
-    data = (seed % 2**64).to_bytes(8, "little") + name.encode()
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def available_isas() -> list[Isa]:
@@ -112,11 +108,17 @@ def available_cores() -> int:
 
 
 class NativeRun:
-    """One run over a list of jobs; `execute` blocks, `bytes_done` and `cancel` may be called from other threads."""
+    """One run over a list of jobs; `execute` blocks, the others may be called from other threads."""
 
     def __init__(
-        self, jobs: Sequence[TensorJob], scope: Scope, files: Sequence[OpenFile], settings: Settings
+        self,
+        jobs: Sequence[TensorJob],
+        scope: Scope,
+        files: Sequence[OpenFile],
+        settings: Settings,
+        thresholds: Sequence[Sequence[Threshold]] = (),
     ) -> None:
+        """`thresholds`: those of an earlier run's report over the same inputs, which then need no search."""
         if settings.isa not in (Isa.AUTO, *available_isas()):
             known = ", ".join(isa.name.lower() for isa in available_isas())
             raise BackendError(f"this processor has no {settings.isa.name.lower()}; it has {known}")
@@ -129,7 +131,8 @@ class NativeRun:
         outs = _regions([job.out for job in jobs])
         groups = _groups(jobs, scope)
         fds = [file.fd for file in files]
-        self._run = _core.Run(rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings))
+        given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
+        self._run = _core.Run(rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings), given)
 
     def execute(self) -> Report:
         """Merges every job. Raises CheckpointError or OutputError naming file and tensor, or Cancelled."""
@@ -213,7 +216,8 @@ def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int]:
 def _key(job: TensorJob) -> int:
     if job.rule is None or job.rule.trim is not Trim.RANDOM:
         return 0
-    return random_key(job.rule.seed, job.name)
+    low, high = tensor_key(job.rule.seed, job.name)
+    return low | high << 32
 
 
 def _regions(regions: Sequence[Region]) -> NDArray[np.int64]:
@@ -222,7 +226,7 @@ def _regions(regions: Sequence[Region]) -> NDArray[np.int64]:
 
 
 def _groups(jobs: Sequence[TensorJob], scope: Scope) -> list[list[int]]:
-    """Job numbers that share thresholds: each alone, or all floats in sorted name order (the paper's flattening)."""
+    """Job numbers that share thresholds: each alone, or all floats in sorted name order (as in the paper)."""
     if scope is Scope.TENSOR:
         return [[number] for number in range(len(jobs))]
     merged = [number for number, job in enumerate(jobs) if job.rule is not None]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
-def raw(header: str | bytes | dict, data: bytes = b"", *, length: int | None = None) -> bytes:
+def raw(header: str | bytes | dict[str, Any], data: bytes = b"", *, length: int | None = None) -> bytes:
     """The bytes of a file: length (the true one unless given), header, data."""
     if isinstance(header, dict):
         header = json.dumps(header)
@@ -14,7 +15,7 @@ def raw(header: str | bytes | dict, data: bytes = b"", *, length: int | None = N
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def entry(dtype: str, shape: list, begin: int, end: int) -> dict:
+def entry(dtype: str, shape: list[int], begin: int, end: int) -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 

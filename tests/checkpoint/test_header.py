@@ -8,6 +8,7 @@ import os
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,7 +179,7 @@ def test_good_file_is_read_whole(tmp_path: Path) -> None:
         ({"a": entry("U8", [1] * 63 + [2], 0, 2)}, 2),
     ],
 )
-def test_unusual_but_legal(table: dict, size: int, tmp_path: Path) -> None:
+def test_unusual_but_legal(table: dict[str, Any], size: int, tmp_path: Path) -> None:
     path = write(tmp_path / "x.safetensors", raw(table, b"\xff" * size))
     names = {name for name in table if name != "__metadata__"}
     assert set(read_header(path).tensors) == names
@@ -284,7 +285,10 @@ def test_encoded_header_holds_every_dtype(tmp_path: Path) -> None:
 
 def test_the_library_reads_the_values_back(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {"w": rng.normal(size=(3, 4)).astype(np.float32), "äöü 😀": np.arange(5, dtype=np.int16)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "w": rng.normal(size=(3, 4)).astype(np.float32),
+        "äöü 😀": np.arange(5, dtype=np.int16),
+    }
     text, _ = encode_header([("w", DType.F32, (3, 4)), ("äöü 😀", DType.I16, (5,))], {})
     path = write(tmp_path / "x.safetensors", text + b"".join(array.tobytes() for array in arrays.values()))
     loaded = safetensors.numpy.load_file(path)
@@ -294,7 +298,10 @@ def test_the_library_reads_the_values_back(tmp_path: Path) -> None:
 
 
 def test_the_library_written_file_is_read(tmp_path: Path) -> None:
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.arange(3, dtype=np.uint8)}
+    arrays: dict[str, np.ndarray[Any, Any]] = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.arange(3, dtype=np.uint8),
+    }
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
     data = path.read_bytes()

@@ -243,7 +243,7 @@ def test_a_wrong_file_does_not_flood_the_screen(sharded: Path) -> None:
 
 def test_large_index(tmp_path: Path) -> None:
     names = [f"model.layers.{i}.weight" for i in range(36_000)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(4):
         part = names[number::4]
         write_tensors(tmp_path / f"m{number}.safetensors", part)

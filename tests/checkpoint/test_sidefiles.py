@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +20,7 @@ def config(folder: Path, **keys: object) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **keys, "hidden_size": 64}))
 
 
-def config_out(folder: Path, dtype: DType | None) -> dict:
+def config_out(folder: Path, dtype: DType | None) -> Any:
     return json.loads(collect(folder, dtype)["config.json"])
 
 
@@ -63,7 +64,9 @@ def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
         ({}, {"torch_dtype": "bfloat16"}),
     ],
 )
-def test_config_gets_the_dtype_under_the_key_it_has(before: dict, after: dict, tmp_path: Path) -> None:
+def test_config_gets_the_dtype_under_the_key_it_has(
+    before: dict[str, str], after: dict[str, str], tmp_path: Path
+) -> None:
     config(tmp_path, **before)
     assert config_out(tmp_path, DType.BF16) == {"model_type": "llama", "hidden_size": 64, **after}
 
@@ -103,7 +106,7 @@ RECIPE = "merge_method: ties\nbase_model: org/base\nmodels:\n  - model: /data/x\
 
 
 def card(**changes: object) -> ModelCard:
-    given = {
+    given: dict[str, Any] = {
         "name": "merged",
         "method": "ties",
         "base_model": "org/base",

@@ -265,7 +265,7 @@ def fake_fallocate(code: int) -> Callable[..., object]:
         def __init__(self, *args: object, **keys: object) -> None: ...
 
         class fallocate64:
-            argtypes: tuple = ()
+            argtypes: tuple[object, ...] = ()
 
             def __new__(cls, *args: object) -> int:  # type: ignore[misc]
                 ctypes.set_errno(code)

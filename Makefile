@@ -1,0 +1,24 @@
+SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: build test lint format bench
+
+build:
+	pip install -e '.[test,lint]'
+
+test:
+	pytest
+
+lint:
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(SOURCES)
+	mypy
+
+format:
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(SOURCES)
+
+bench:
+	python -m bench.kernel
+	python -m bench.checkpoint
