@@ -45,10 +45,9 @@ class Ours:
     """Times the compiled core; `given` reuses thresholds, so that only the merge step is measured."""
 
     def __init__(self, tensors: list[torch.Tensor], rule: Rule, threads: int) -> None:
-        base, *experts = tensors
-        self.out = torch.zeros_like(base)
+        self.out = torch.zeros_like(tensors[0])
         regions = [Region(BY_TORCH_NAME[str(t.dtype)[6:]], t.data_ptr()) for t in (*tensors, self.out)]
-        self.job = TensorJob("", base.numel(), regions[0], tuple(regions[1:-1]), regions[-1], rule)
+        self.job = TensorJob("", tensors[0].numel(), regions[0], tuple(regions[1:-1]), regions[-1], rule)
         memory = max(Settings.memory, sum(t.nbytes for t in tensors) // LIST_SHARE)
         self.settings = Settings(threads=threads, memory=memory)
         self.found = self._run(())
@@ -123,7 +122,9 @@ def main() -> None:
 
     def rule(method: str, ties: ThresholdTies) -> Rule:
         k = given.experts
-        return rule_for(METHODS[method], weights=[1.0] * k, densities=[given.density] * k, threshold_ties=ties)
+        return rule_for(
+            METHODS[method], weights=[1.0] * k, densities=[given.density] * k, threshold_ties=ties
+        )
 
     first, every = (rule("ties", ties) for ties in (ThresholdTies.FIRST, ThresholdTies.ALL))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as scratch:
@@ -136,7 +137,9 @@ def main() -> None:
             "pymerge ties, merge step alone": ours.merge_step,
             "pymerge ties, all ties kept": Ours(tensors, every, given.threads).whole,
             "pymerge dare_ties": Ours(tensors, rule("dare_ties", ThresholdTies.FIRST), given.threads).whole,
-            "pymerge task_arithmetic": Ours(tensors, rule("task_arithmetic", ThresholdTies.FIRST), given.threads).whole,
+            "pymerge task_arithmetic": Ours(
+                tensors, rule("task_arithmetic", ThresholdTies.FIRST), given.threads
+            ).whole,
         }
         for run in range(given.runs):
             rows += [(name, run, given.count, tool()) for name, tool in tools.items()]
@@ -157,14 +160,18 @@ def report(rows: list[tuple[str, int, int, float]], given: argparse.Namespace) -
         writer = csv.writer(file)
         if new:
             writer.writerow(["tool", "run", "elements", "seconds", *setting])
-        writer.writerows([name, run, count, f"{seconds:.6f}", *setting.values()] for name, run, count, seconds in rows)
+        writer.writerows(
+            [name, run, count, f"{seconds:.6f}", *setting.values()] for name, run, count, seconds in rows
+        )
     speed = {
         name: statistics.median(count / seconds for other, _, count, seconds in rows if other == name)
         for name in dict.fromkeys(row[0] for row in rows)
     }
     for name, rate in speed.items():
-        print(f"{name:32} {rate / 1e9:8.4f} G elements/s  {rate / speed['roofline']:7.1%} of the roofline"
-              f"  pymerge ties is {speed['pymerge ties'] / rate:8.2f} x")
+        print(
+            f"{name:32} {rate / 1e9:8.4f} G elements/s  {rate / speed['roofline']:7.1%} of the roofline"
+            f"  pymerge ties is {speed['pymerge ties'] / rate:8.2f} x"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from cases import Group, bits
 from torch import Tensor
 
-from pymerge.backends.native import Isa, NativeRun, Report, Settings, available_isas
+from pymerge.backends.native import Isa, NativeRun, Report, Settings, Threshold, available_isas
 from pymerge.dtypes import BY_TORCH_NAME, DType
 from pymerge.job import Region, TensorJob
 
@@ -27,7 +27,9 @@ def place(x: Tensor, offset: int) -> Tensor:
     return room
 
 
-def run_native(group: Group, settings: Settings, offset: int = 0) -> tuple[list[Tensor], Report]:
+def run_native(
+    group: Group, settings: Settings, offset: int = 0, thresholds: Sequence[Sequence[Threshold]] = ()
+) -> tuple[list[Tensor], Report]:
     """Merges a group in memory, every buffer `offset` bytes off alignment; returns results and report.
 
     Checks that no input changed, and that nothing was written around a result.
@@ -52,7 +54,7 @@ def run_native(group: Group, settings: Settings, offset: int = 0) -> tuple[list[
             )
         )
     before = [x.clone() for x in held]
-    report = NativeRun(jobs, group.rule.scope, [], settings).execute()
+    report = NativeRun(jobs, group.rule.scope, [], settings, thresholds).execute()
     assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True)), "an input was modified"
     merged = []
     for out, job, out_dtype in zip(outs, jobs, group.out_dtypes, strict=True):

@@ -1,6 +1,7 @@
 // The exact threshold of each expert from the undecided positions, in memory that does not grow with them.
 #include <algorithm>
 #include <mutex>
+#include <numeric>
 
 #include "merge.h"
 
@@ -17,19 +18,21 @@ struct Search {
   int64_t rank, count;
   uint64_t low, high;
   int shift = 0;
-  std::vector<int64_t> bins;
+  std::vector<std::vector<int64_t>> bins;  // per crew member
 
-  void prepare() {
+  void prepare(int members) {
     shift = 0;
     while (((high - low) >> shift) >= uint64_t(kBins)) ++shift;
-    bins.assign(size_t(kBins), 0);
+    bins.assign(size_t(members), std::vector<int64_t>(size_t(kBins)));
   }
   void narrow() {
+    auto total = [this](size_t bin) {
+      return std::accumulate(bins.begin(), bins.end(), int64_t(0), [bin](int64_t sum, auto& b) { return sum + b[bin]; });
+    };
     size_t bin = size_t(kBins) - 1;
-    for (; bins[bin] < rank; --bin) rank -= bins[bin];
+    for (; (count = total(bin)) < rank; --bin) rank -= count;
     low += uint64_t(bin) << shift;
     high = std::min(high, low + (uint64_t(1) << shift) - 1);
-    count = bins[bin];
   }
 };
 
@@ -47,18 +50,15 @@ class Selection {
       : group_(group), crew_(crew), store_(store), bracket_(bracket) {}
 
   void narrow(std::vector<Search>& searches) {
-    for (Search& s : searches) s.prepare();
-    std::mutex mutex;
-    each_chunk(searches, [&](const Search& s, const Found& found) {
-      std::vector<int64_t> bins(static_cast<size_t>(kBins));
+    for (Search& s : searches) s.prepare(crew_.size());
+    each_chunk(searches, [&](Search& s, const Found& found) {
+      std::vector<int64_t>& bins = s.bins[size_t(found.member)];
       for (int64_t i = 0; i < found.count; ++i) ++bins[size_t((found.key[i] - s.low) >> s.shift)];
-      std::lock_guard lock(mutex);
-      for (size_t b = 0; b < size_t(kBins); ++b) const_cast<Search&>(s).bins[b] += bins[b];
     });
     for (Search& s : searches) s.narrow();
   }
 
-  void gather(const std::vector<Search>& searches, std::vector<Cut>* cuts) {
+  void gather(std::vector<Search>& searches, std::vector<Cut>* cuts) {
     std::vector<std::vector<Candidate>> found(searches.size());
     std::mutex mutex;
     each_chunk(searches, [&](const Search& s, const Found& here) {
@@ -74,7 +74,7 @@ class Selection {
   }
 
   // Keys that are all equal need no sorting: they are counted per span, and one span holds the last kept.
-  void place_equal(const std::vector<Search>& searches, std::vector<Cut>* cuts) {
+  void place_equal(std::vector<Search>& searches, std::vector<Cut>* cuts) {
     struct SpanCount {
       uint64_t first;  // flat index of the span's first undecided element
       int64_t count, chunk;
@@ -94,7 +94,8 @@ class Selection {
       int64_t rank = searches[i].rank;
       auto it = counts[i].begin();
       for (; it->count < rank; ++it) rank -= it->count;
-      visit(worker, it->chunk, {searches[i]}, [&](const Search& s, const Found& found) {
+      std::vector<Search> one{searches[i]};
+      visit(worker, crew_.size() - 1, it->chunk, one, [&](const Search& s, const Found& found) {
         if (found.span == it->span) (*cuts)[size_t(s.expert)] = {s.low, found.index(rank - 1) + 1};
       });
     }
@@ -108,29 +109,30 @@ class Selection {
     uint64_t flat;  // of the span's tile
     int64_t count, chunk;
     size_t span;
+    int member;
     uint64_t index(int64_t i) const { return flat + position[row[i]]; }
   };
 
   // body(search, found) for the undecided keys of every search within [low, high], span by span.
   template <class F>
-  void each_chunk(const std::vector<Search>& searches, F&& body) {
+  void each_chunk(std::vector<Search>& searches, F&& body) {
     crew_.each(int64_t(store_.chunks().size()), [&](int member, int64_t number) {
-      visit(group_.run().workers[size_t(member)], number, searches, body);
+      visit(group_.run().workers[size_t(member)], member, number, searches, body);
     });
   }
 
   template <class F>
-  void visit(Worker& worker, int64_t number, const std::vector<Search>& searches, F&& body) {
+  void visit(Worker& worker, int member, int64_t number, std::vector<Search>& searches, F&& body) {
     const Chunk& chunk = *store_.chunks()[size_t(number)];
     if (chunk.size == 0) return;
     char* slab = store_.open(chunk, worker);
     const size_t room = size_t(chunk.size + kMaxGroup);
     Bits* keys = worker.wide.reserve_for<Bits>(room);
     uint32_t* rows = worker.cast.reserve_for<uint32_t>(room);
-    for (const Search& s : searches)
+    for (Search& s : searches)
       for (size_t i = 0; i < chunk.spans.size(); ++i) {
         Found found = open_keys(chunk.spans[i], slab, s, keys, rows);
-        found.chunk = number, found.span = i;
+        found.chunk = number, found.span = i, found.member = member;
         body(s, found);
       }
   }
@@ -152,7 +154,7 @@ class Selection {
       group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset, end - begin, from,
                                      below, &to);
     });
-    return {keys, rows, position, flat, to.size, 0, 0};
+    return {keys, rows, position, flat, to.size, 0, 0, 0};
   }
 
   const Group<Work>& group_;

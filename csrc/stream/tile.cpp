@@ -30,6 +30,35 @@ void* Buffer::reserve(size_t bytes) {
   return memory_.get();
 }
 
+SlabPool::~SlabPool() {
+  for (auto& [bytes, slab] : free_) free(slab);
+}
+
+char* SlabPool::take(size_t bytes, size_t limit) {
+  std::lock_guard lock(mutex_);
+  const auto fitting = std::find_if(free_.begin(), free_.end(), [bytes](auto& slab) { return slab.first == bytes; });
+  if (fitting != free_.end()) {
+    char* slab = fitting->second;
+    free_.erase(fitting);
+    return slab;
+  }
+  while (total_ + bytes > limit && !free_.empty()) {  // of another size: no use to anyone at the moment
+    total_ -= free_.back().first;
+    free(free_.back().second);
+    free_.pop_back();
+  }
+  if (total_ + bytes > limit) return nullptr;
+  char* slab = static_cast<char*>(aligned_alloc(4096, bytes));
+  if (!slab) throw std::bad_alloc();
+  total_ += bytes;
+  return slab;
+}
+
+void SlabPool::give(char* slab, size_t bytes) {
+  std::lock_guard lock(mutex_);
+  free_.emplace_back(bytes, slab);
+}
+
 void read_fully(RunContext& run, int64_t job, int input, const Region& region, int64_t first, int64_t count,
                 void* to) {
   int64_t offset = region.start + first * region.item, left = count * region.item;

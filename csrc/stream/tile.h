@@ -1,6 +1,7 @@
 // A worker and its tile: inputs come in, in the form the kernels take, and the result goes out.
 #pragma once
 #include <memory>
+#include <mutex>
 
 #include "../cpu/select.h"
 #include "job.h"
@@ -37,6 +38,21 @@ struct Worker {
   std::vector<void*> column_expert;
 };
 
+// Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the rest.
+class SlabPool {
+ public:
+  static constexpr size_t kBytes = 1 << 20;
+  ~SlabPool();
+  // A slab of at least `bytes`, or null once all slabs together would exceed `limit`.
+  char* take(size_t bytes, size_t limit);
+  void give(char* slab, size_t bytes);
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::pair<size_t, char*>> free_;
+  size_t total_ = 0;
+};
+
 // One run's files, jobs and counters, shared by all its workers.
 struct RunContext {
   Settings settings;
@@ -44,6 +60,8 @@ struct RunContext {
   std::vector<TensorJob> jobs;
   std::vector<Rule> rules;
   std::vector<Worker> workers;
+  SlabPool slabs;
+  std::atomic<int64_t> spilled{0};  // bytes of the spill file in use
   std::vector<std::vector<Cut>> cuts;  // per group: the thresholds, one per expert; given, or empty until found
   Report report;
 

@@ -6,52 +6,42 @@
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 
 namespace pm {
 
 namespace {
 
-constexpr int64_t kSlabBytes = 1 << 20;
 constexpr int64_t kSlack = kMaxGroup;  // packing may write a group past the last row
 
 }  // namespace
 
 ChunkLayout::ChunkLayout(int experts, int item) : experts(experts), item(item), rows(0) {
-  rows = std::max(kSlabBytes / row_bytes(), 2 * (UndecidedStore::kBlock + kSlack)) / 64 * 64;
+  rows = std::max(int64_t(SlabPool::kBytes) / row_bytes(), 2 * (UndecidedStore::kBlock + kSlack)) / 64 * 64;
 }
 
-UndecidedStore::UndecidedStore(RunContext& run, int experts, int item)
-    : run_(run), layout_(experts, item), slab_limit_(run.settings.memory / layout_.slab_bytes()) {}
+UndecidedStore::UndecidedStore(RunContext& run, int experts, int item) : run_(run), layout_(experts, item) {}
 
 UndecidedStore::~UndecidedStore() {
-  for (char* slab : slabs_) free(slab);
+  for (auto& chunk : chunks_)
+    if (chunk->slab) run_.slabs.give(chunk->slab, size_t(layout_.slab_bytes()));
 }
 
-char* UndecidedStore::allocate() {
-  if (!free_.empty()) {
-    char* slab = free_.back();
-    free_.pop_back();
-    return slab;
-  }
-  if (int64_t(slabs_.size()) >= slab_limit_) return nullptr;
-  auto* slab = static_cast<char*>(aligned_alloc(4096, size_t(layout_.slab_bytes() + 4095) / 4096 * 4096));
-  if (!slab) throw std::bad_alloc();
-  slabs_.push_back(slab);
-  return slab;
+char* UndecidedStore::allocate() const {
+  return run_.slabs.take(size_t(layout_.slab_bytes()), size_t(run_.settings.memory));
 }
 
-void UndecidedStore::spill(Chunk& chunk) {
+// Writes a chunk's slab out and returns the slab, free.
+char* UndecidedStore::spill(Chunk& chunk) {
   const int64_t bytes = layout_.slab_bytes();
-  chunk.spilled_at = spilled_bytes_;
+  chunk.spilled_at = run_.spilled.fetch_add(bytes);
   for (int64_t done = 0; done < bytes;) {
-    const ssize_t put = pwrite(run_.settings.spill, chunk.slab + done, size_t(bytes - done), spilled_bytes_ + done);
+    const ssize_t put = pwrite(run_.settings.spill, chunk.slab + done, size_t(bytes - done), chunk.spilled_at + done);
     if (put < 0 && errno == EINTR) continue;
     if (put <= 0) throw StreamError(-1, StreamError::kOutput, std::string("cannot be written: ") + strerror(errno));
     done += put;
   }
-  spilled_bytes_ += bytes;
-  free_.push_back(chunk.slab);
-  chunk.slab = nullptr;
+  return std::exchange(chunk.slab, nullptr);
 }
 
 Chunk* UndecidedStore::next(Chunk* full) {
@@ -59,13 +49,8 @@ Chunk* UndecidedStore::next(Chunk* full) {
   if (full) full->sealed = true;
   char* slab = allocate();
   if (!slab && run_.settings.spill >= 0) {
-    for (auto& chunk : chunks_)
-      if (chunk->sealed && chunk->slab && chunk.get() != full) {
-        spill(*chunk);
-        break;
-      }
-    if (free_.empty() && full) spill(*full);
-    slab = free_.empty() ? nullptr : allocate();
+    const auto sealed = std::find_if(chunks_.begin(), chunks_.end(), [](auto& c) { return c->sealed && c->slab; });
+    if (sealed != chunks_.end()) slab = spill(**sealed);
   }
   if (!slab) throw Overflow{};
   chunks_.push_back(std::make_unique<Chunk>());

@@ -30,7 +30,7 @@ struct ChunkLayout {
   int64_t rows;
 
   ChunkLayout(int experts, int item);
-  int64_t slab_bytes() const { return rows * row_bytes(); }
+  int64_t slab_bytes() const { return (rows * row_bytes() + 4095) / 4096 * 4096; }
   int64_t row_bytes() const { return int64_t(experts + 2) * item + 4; }
   char* base(char* slab) const { return slab + rows * 4; }
   char* expert(char* slab, int k) const { return base(slab) + (k + 1) * rows * item; }
@@ -58,16 +58,13 @@ class UndecidedStore {
   static constexpr int64_t kBlock = 2048;  // a kernel call never appends more rows than this
 
  private:
-  char* allocate();
-  void spill(Chunk& chunk);
+  char* allocate() const;
+  char* spill(Chunk& chunk);
 
   RunContext& run_;
   ChunkLayout layout_;
-  int64_t slab_limit_;
   std::mutex mutex_;
   std::vector<std::unique_ptr<Chunk>> chunks_;
-  std::vector<char*> free_;
-  std::vector<char*> slabs_;
   int64_t spilled_bytes_ = 0;
 };
 

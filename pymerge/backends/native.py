@@ -132,7 +132,9 @@ class NativeRun:
         groups = _groups(jobs, scope)
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
-        self._run = _core.Run(rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings), given)
+        self._run = _core.Run(
+            rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings), given
+        )
 
     def execute(self) -> Report:
         """Merges every job. Raises CheckpointError or OutputError naming file and tensor, or Cancelled."""

@@ -1,0 +1,71 @@
+"""The one-pass route: ordinary data takes it, within one reading and bounded memory."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+import pytest
+import torch
+from cases import Group
+from harness import ISAS, assert_same_bits, run_native
+
+from pymerge.backends import reference
+from pymerge.backends.native import Isa, Settings
+from pymerge.methods import METHODS, rule_for
+from pymerge.rule import Scope, ThresholdTies
+
+
+def reference_of(group: Group) -> list[torch.Tensor]:
+    return reference.merge_group(group.names, group.bases, group.experts, group.rule, group.out_dtypes, group.cast)
+
+
+def ordinary(dtype: torch.dtype, n: int = 600_000, k: int = 4, scope: Scope = Scope.TENSOR, **options: object) -> Group:
+    """Normal weights with heavy-tailed updates, a third of them untouched: what real fine-tunes look like."""
+    draw = torch.Generator().manual_seed(3)
+    bases, experts = [], []
+    for size in (n, n // 3):
+        base = (torch.randn(size, generator=draw) * 0.02).to(dtype)
+        updates = torch.randn(k, size, generator=draw).pow(3) * 5e-4
+        updates[torch.rand(k, size, generator=draw) < 1 / 3] = 0
+        bases.append(base)
+        experts.append([(base + update).to(dtype) for update in updates])
+    rule = rule_for(METHODS["ties"], weights=[1.0] * k, densities=[0.2] * k, scope=scope, **options)
+    return Group(["a", "b"], bases, experts, rule, [dtype, dtype], None)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scope", list(Scope))
+@pytest.mark.parametrize("ties", list(ThresholdTies))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ordinary_data_is_merged_in_one_pass(
+    dtype: torch.dtype, ties: ThresholdTies, scope: Scope, isa: Isa
+) -> None:
+    group = ordinary(dtype, scope=scope, threshold_ties=ties)
+    actual, report = run_native(group, Settings(threads=2, isa=isa))
+    assert_same_bits(group, actual, reference_of(group))
+    assert report.fallbacks == 0, "the bracket missed, or the undecided did not fit"
+    inputs = 5 * sum(x.nbytes for x in group.bases)
+    assert report.bytes_read < 1.25 * inputs, "the inputs were read more than once"
+    if ties is ThresholdTies.FIRST:
+        assert 0 < report.undecided < 0.25 * report.elements
+
+
+@pytest.mark.parametrize("scope", list(Scope))
+def test_undecided_positions_spill_to_a_file(scope: Scope) -> None:
+    group = ordinary(torch.bfloat16, n=3_000_000, scope=scope)
+    with tempfile.TemporaryFile() as file:
+        settings = Settings(threads=2, memory=3 << 20, sigmas=12.0, spill=file.fileno())
+        actual, report = run_native(group, settings)
+        assert os.fstat(file.fileno()).st_size > 0, "nothing was spilled: the test shows nothing"
+    assert report.fallbacks == 0
+    assert_same_bits(group, actual, reference_of(group))
+
+
+def test_given_thresholds_need_no_search() -> None:
+    group = ordinary(torch.bfloat16)
+    first, found = run_native(group, Settings(threads=2))
+    again, report = run_native(group, Settings(threads=2), thresholds=found.thresholds)
+    assert_same_bits(group, again, first)
+    assert report.undecided == 0
+    assert report.bytes_read == 5 * sum(x.nbytes for x in group.bases)
