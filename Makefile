@@ -15,9 +15,9 @@ lint:
 	mypy
 
 format:
-	ruff check --fix .
-	ruff format .
 	clang-format -i $(SOURCES)
+	ruff format .
+	ruff check --fix .
 
 bench:
 	python -m bench.kernel

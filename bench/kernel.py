@@ -51,6 +51,7 @@ class Ours:
         memory = max(Settings.memory, sum(t.nbytes for t in tensors) // LIST_SHARE)
         self.settings = Settings(threads=threads, memory=memory)
         self.found = self._run(())
+        self.first_report = f"undecided {self.undecided:.2%}, fallbacks {self.fallbacks}"
 
     def _run(self, thresholds: object) -> object:
         run = NativeRun([self.job], Scope.TENSOR, [], self.settings, thresholds)  # type: ignore[arg-type]
@@ -148,7 +149,7 @@ def main() -> None:
             seconds = mergekit(given.mergekit, part, given.density, given.threads, folder)
             rows.append(("mergekit 0.1.5", 0, part[0].numel(), seconds))
     report(rows, given)
-    print(f"undecided {ours.undecided:.2%}, fallbacks {ours.fallbacks}")
+    print(ours.first_report)
 
 
 def report(rows: list[tuple[str, int, int, float]], given: argparse.Namespace) -> None:

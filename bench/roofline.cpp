@@ -1,4 +1,5 @@
-// What this machine's memory can do for a merge: read `streams` arrays, write one, and compute next to nothing.
+// What this machine's memory can do for a merge: read `streams` arrays, write one, and compute next to
+// nothing.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

@@ -17,10 +17,18 @@ from pymerge.rule import Scope, ThresholdTies
 
 
 def reference_of(group: Group) -> list[torch.Tensor]:
-    return reference.merge_group(group.names, group.bases, group.experts, group.rule, group.out_dtypes, group.cast)
+    return reference.merge_group(
+        group.names, group.bases, group.experts, group.rule, group.out_dtypes, group.cast
+    )
 
 
-def ordinary(dtype: torch.dtype, n: int = 600_000, k: int = 4, scope: Scope = Scope.TENSOR, **options: object) -> Group:
+def ordinary(
+    dtype: torch.dtype,
+    n: int = 600_000,
+    k: int = 4,
+    scope: Scope = Scope.TENSOR,
+    ties: ThresholdTies = ThresholdTies.FIRST,
+) -> Group:
     """Normal weights with heavy-tailed updates, a third of them untouched: what real fine-tunes look like."""
     draw = torch.Generator().manual_seed(3)
     bases, experts = [], []
@@ -30,7 +38,7 @@ def ordinary(dtype: torch.dtype, n: int = 600_000, k: int = 4, scope: Scope = Sc
         updates[torch.rand(k, size, generator=draw) < 1 / 3] = 0
         bases.append(base)
         experts.append([(base + update).to(dtype) for update in updates])
-    rule = rule_for(METHODS["ties"], weights=[1.0] * k, densities=[0.2] * k, scope=scope, **options)
+    rule = rule_for(METHODS["ties"], weights=[1.0] * k, densities=[0.2] * k, scope=scope, threshold_ties=ties)
     return Group(["a", "b"], bases, experts, rule, [dtype, dtype], None)
 
 
@@ -41,11 +49,11 @@ def ordinary(dtype: torch.dtype, n: int = 600_000, k: int = 4, scope: Scope = Sc
 def test_ordinary_data_is_merged_in_one_pass(
     dtype: torch.dtype, ties: ThresholdTies, scope: Scope, isa: Isa
 ) -> None:
-    group = ordinary(dtype, scope=scope, threshold_ties=ties)
+    group = ordinary(dtype, scope=scope, ties=ties)
     actual, report = run_native(group, Settings(threads=2, isa=isa))
     assert_same_bits(group, actual, reference_of(group))
     assert report.fallbacks == 0, "the bracket missed, or the undecided did not fit"
-    inputs = 5 * sum(x.nbytes for x in group.bases)
+    inputs = 5 * sum(x.nbytes for x in group.bases or [])
     assert report.bytes_read < 1.25 * inputs, "the inputs were read more than once"
     if ties is ThresholdTies.FIRST:
         assert 0 < report.undecided < 0.25 * report.elements
@@ -68,4 +76,4 @@ def test_given_thresholds_need_no_search() -> None:
     again, report = run_native(group, Settings(threads=2), thresholds=found.thresholds)
     assert_same_bits(group, again, first)
     assert report.undecided == 0
-    assert report.bytes_read == 5 * sum(x.nbytes for x in group.bases)
+    assert report.bytes_read == 5 * sum(x.nbytes for x in group.bases or [])

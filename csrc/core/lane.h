@@ -1,9 +1,10 @@
 // The width-1 lane: what one CUDA thread, or a processor without vectors, computes with.
 //
-// A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), V::mask_bits(m), V::store_masks, V::copy, + - * /, magnitude, at_least,
-// sign_bit, flip_sign, is_positive, is_zero, is_nan, select, add_where, keep_where;
-// for whole groups of kGroup vectors: load_group, store_group, element_mask, group_mask, random_group,
-// pack_group. The formulas of trim.h, elect.h and combine.h are written over any such type.
+// A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), V::mask_bits(m), V::store_masks,
+// V::copy, + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan, select,
+// add_where, keep_where; for whole groups of kGroup vectors: load_group, store_group, element_mask,
+// group_mask, random_group, pack_group. The formulas of trim.h, elect.h and combine.h are written over any
+// such type.
 #pragma once
 #include "philox.h"
 
@@ -21,20 +22,31 @@ struct Scalar {
 
   PM_HD static Scalar set(Work value) { return {value}; }
   PM_HD static uint32_t mask_bits(bool mask) { return mask; }
-  PM_HD static void copy(void* to, const void* from, size_t bytes, bool /*bypass_cache*/) { memcpy(to, from, bytes); }
+  PM_HD static void copy(void* to, const void* from, size_t bytes, bool /*bypass_cache*/) {
+    memcpy(to, from, bytes);
+  }
+  PM_HD static void fence() {}  // makes stores that bypassed the cache visible
   PM_HD static void store_masks(uint16_t* field, const bool (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
   }
 };
 
 template <class W>
-PM_HD Scalar<W> operator+(Scalar<W> a, Scalar<W> b) { return {a.x + b.x}; }
+PM_HD Scalar<W> operator+(Scalar<W> a, Scalar<W> b) {
+  return {a.x + b.x};
+}
 template <class W>
-PM_HD Scalar<W> operator-(Scalar<W> a, Scalar<W> b) { return {a.x - b.x}; }
+PM_HD Scalar<W> operator-(Scalar<W> a, Scalar<W> b) {
+  return {a.x - b.x};
+}
 template <class W>
-PM_HD Scalar<W> operator*(Scalar<W> a, Scalar<W> b) { return {a.x * b.x}; }
+PM_HD Scalar<W> operator*(Scalar<W> a, Scalar<W> b) {
+  return {a.x * b.x};
+}
 template <class W>
-PM_HD Scalar<W> operator/(Scalar<W> a, Scalar<W> b) { return {a.x / b.x}; }
+PM_HD Scalar<W> operator/(Scalar<W> a, Scalar<W> b) {
+  return {a.x / b.x};
+}
 
 template <class W>
 PM_HD typename WorkTraits<W>::Bits magnitude(Scalar<W> a) {
@@ -54,18 +66,29 @@ PM_HD Scalar<W> flip_sign(Scalar<W> a, Scalar<W> sign) {
   return {bit_cast<W>(Bits(bit_cast<Bits>(a.x) ^ bit_cast<Bits>(sign.x)))};
 }
 template <class W>
-PM_HD bool is_positive(Scalar<W> a) { return a.x > 0; }
+PM_HD bool is_positive(Scalar<W> a) {
+  return a.x > 0;
+}
 template <class W>
-PM_HD bool is_zero(Scalar<W> a) { return a.x == 0; }
+PM_HD bool is_zero(Scalar<W> a) {
+  return a.x == 0;
+}
 template <class W>
-PM_HD bool is_nan(Scalar<W> a) { return a.x != a.x; }
+PM_HD bool is_nan(Scalar<W> a) {
+  return a.x != a.x;
+}
 template <class W>
-PM_HD Scalar<W> select(bool mask, Scalar<W> yes, Scalar<W> no) { return mask ? yes : no; }
+PM_HD Scalar<W> select(bool mask, Scalar<W> yes, Scalar<W> no) {
+  return mask ? yes : no;
+}
 template <class W>
-PM_HD Scalar<W> keep_where(bool mask, Scalar<W> a) { return {mask ? a.x : W(0)}; }
+PM_HD Scalar<W> keep_where(bool mask, Scalar<W> a) {
+  return {mask ? a.x : W(0)};
+}
 template <class W>
-PM_HD Scalar<W> add_where(bool mask, Scalar<W> sum, Scalar<W> a) { return mask ? sum + a : sum; }
-
+PM_HD Scalar<W> add_where(bool mask, Scalar<W> sum, Scalar<W> a) {
+  return mask ? sum + a : sum;
+}
 
 // Groups. `Ordered` loads keep lane order equal to element order; others may permute within a group.
 template <bool Ordered, class T, class W>

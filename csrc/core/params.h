@@ -35,24 +35,24 @@ struct MapBlock {
   const void* const* expert = nullptr;
   void* out = nullptr;
   int64_t count = 0;
-  uint64_t index = 0;               // flat index of the first element, a multiple of 4 (random trim)
+  uint64_t index = 0;  // flat index of the first element, a multiple of 4 (random trim)
   const Bits* keep_at = nullptr;
-  const Bits* open_at = nullptr;    // Collect: entries in [open_at, keep_at) are undecided
-  const Bits* count_at = nullptr;   // Collect: entries at or above are counted in `above`
+  const Bits* open_at = nullptr;   // Collect: entries in [open_at, keep_at) are undecided
+  const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`
   int64_t* above = nullptr;
-  int64_t* kept = nullptr;          // Collect::all: how many are at or above keep_at
-  int64_t* opened = nullptr;        // how many are undecided
-  bool bypass_cache = false;        // the output is large and will not be read soon
+  int64_t* kept = nullptr;    // Collect::all: how many are at or above keep_at
+  int64_t* opened = nullptr;  // how many are undecided
+  bool bypass_cache = false;  // the output is large and will not be read soon
 };
 
 // Undecided positions as a small tensor of their own: one column per input, in block order.
 struct UndecidedColumns {
   void* base = nullptr;
   void* const* expert = nullptr;
-  void* provisional = nullptr;      // what the output holds until the threshold is known
-  uint32_t* position = nullptr;     // offset of the element from `origin`
+  void* provisional = nullptr;   // what the output holds until the threshold is known
+  uint32_t* position = nullptr;  // offset of the element from `origin`
   int64_t size = 0;
-  uint32_t origin = 0;              // added to the block-relative offset
+  uint32_t origin = 0;  // added to the block-relative offset
 };
 
 }  // namespace pm

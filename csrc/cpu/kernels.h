@@ -22,7 +22,8 @@ struct KernelSet {
   MapFn<Work> linear, sum, sum_random, elect, elect_unit, elect_random;
   MapFn<Work> elect_magnitude[3], elect_magnitude_unit[3];  // by Collect
   void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
-  void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high, OpenKeys<Bits>* to);
+  void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
+                    OpenKeys<Bits>* to);
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
 
   MapFn<Work> map(const MapShape& s) const {

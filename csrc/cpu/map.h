@@ -17,17 +17,18 @@ namespace pm {
 // What a kernel is compiled for; everything else is a run-time parameter.
 template <bool kBase, Trim kTrim, bool kElect, bool kUnit, Collect kCollect = Collect::no>
 struct Shape {
-  static constexpr bool base = kBase;        // task vectors against a base, or the inputs themselves
+  static constexpr bool base = kBase;  // task vectors against a base, or the inputs themselves
   static constexpr Trim trim = kTrim;
   static constexpr bool elect = kElect;
-  static constexpr bool unit = kUnit;        // every weight and scale is 1
+  static constexpr bool unit = kUnit;  // every weight and scale is 1
   static constexpr Collect collect = kCollect;
 };
 
 constexpr int kMaxGroup = 64;  // elements of the widest group
 
 inline size_t map_scratch_bytes(int experts) {
-  return size_t(experts) * (kMaxGroup * 8 + 3 * 8 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 + 256;
+  return size_t(experts) * (kMaxGroup * 8 + 3 * 8 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 +
+         256;
 }
 
 template <class V, class T, class S>
@@ -41,7 +42,8 @@ class MapKernel {
 
  public:
   // Returns how many results are NaN.
-  static int64_t run(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open, void* scratch) {
+  static int64_t run(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open,
+                     void* scratch) {
     MapKernel k(p, block, open, scratch);
     const Raw* base = static_cast<const Raw*>(block.base);
     const Raw* const* expert = reinterpret_cast<const Raw* const*>(block.expert);
@@ -49,6 +51,7 @@ class MapKernel {
     int64_t at = 0;
     for (; at + kElements <= block.count; at += kElements) k.group(base, expert, out + at, at, at, kElements);
     if (at < block.count) k.tail(base, expert, out + at, at, int(block.count - at));
+    if (block.bypass_cache) V::fence();
     return k.nan_;
   }
 
@@ -80,8 +83,9 @@ class MapKernel {
     std::copy(to, to + count, out);
   }
 
-  // Asks for what comes 512 bytes later: 1.2 times the speed of the hardware prefetcher alone over nine streams
-  // (Ice Lake, 2 threads, K = 8, bf16: 0.067 s against 0.080 s for 64 Mi elements; 1,024 and 2,048 were slower).
+  // Asks for what comes 512 bytes later: 1.2 times the speed of the hardware prefetcher alone over nine
+  // streams (Ice Lake, 2 threads, K = 8, bf16: 0.067 s against 0.080 s for 64 Mi elements; 1,024 and 2,048
+  // were slower).
   PM_HD static void prefetch(const Raw* p) {
     constexpr int kAhead = 512, kLine = 64;
     for (int line = 0; line < int(kElements * sizeof(Raw)); line += kLine)
@@ -115,7 +119,8 @@ class MapKernel {
     }
   }
 
-  PM_HD void group(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int64_t offset, int count) {
+  PM_HD void group(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int64_t offset,
+                   int count) {
     V b[kGroup], mass[kGroup];
     if constexpr (S::base) load_group<kOrdered>(T{}, base + at, b);
 #pragma GCC unroll 4
@@ -142,9 +147,11 @@ class MapKernel {
     V result[kGroup];
     finish(b, mass, result);
     const bool bypass_cache = b_.bypass_cache && count == kElements;
-    if constexpr (kCollecting) {  // by way of the stack: the undecided keep a copy, and `out` may bypass the cache
+    if constexpr (kCollecting) {  // by way of the stack: the undecided keep a copy, and `out` may bypass the
+                                  // cache
       alignas(64) Raw line[kElements];
-      if (store_group<kOrdered>(T{}, line, result, false)) [[unlikely]] count_nan(line, count);
+      if (store_group<kOrdered>(T{}, line, result, false)) [[unlikely]]
+        count_nan(line, count);
       V::copy(out, line, sizeof line, bypass_cache);
       collect(base, expert, line, at, offset);
     } else {
@@ -186,7 +193,8 @@ class MapKernel {
 
   void count_nan(const Raw (&line)[kElements], int count) { nan_ += std::count(line, line + count, T::nan); }
 
-  PM_HD void collect(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], int64_t at, int64_t offset) {
+  PM_HD void collect(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], int64_t at,
+                     int64_t offset) {
     uint64_t any = 0;
     for (int k = 0; k < p_.experts; ++k) {
       uint64_t field[3];
@@ -204,8 +212,8 @@ class MapKernel {
     if (any) append(base, expert, line, element_mask<kOrdered>(T{}, V{}, any), at, offset);
   }
 
-  void append(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], uint64_t bits, int64_t at,
-              int64_t offset) {
+  void append(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], uint64_t bits,
+              int64_t at, int64_t offset) {
     const int64_t size = open_->size;
     uint32_t position[kElements];
     for (int j = 0; j < kElements; ++j) position[j] = uint32_t(open_->origin + offset + j);
@@ -220,10 +228,10 @@ class MapKernel {
   const MapParams<Work>& p_;
   const MapBlock<Work>& b_;
   UndecidedColumns* open_;
-  V* entries_;              // [experts][kGroup] trimmed, weighted task vectors
-  Raw* tail_;               // padded copies of a short last group
+  V* entries_;  // [experts][kGroup] trimmed, weighted task vectors
+  Raw* tail_;   // padded copies of a short last group
   const Raw** tail_expert_;
-  uint16_t* fields_;        // [experts][3][kGroup] masks: kept, open or kept, counted
+  uint16_t* fields_;  // [experts][3][kGroup] masks: kept, open or kept, counted
   int64_t nan_ = 0;
 };
 

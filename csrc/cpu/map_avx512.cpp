@@ -1,4 +1,5 @@
-// The kernels for Avx512 lanes. Standard headers come first so that none of their functions is compiled for it.
+// The kernels for Avx512 lanes. Standard headers come first so that none of their functions is compiled for
+// it.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -6,9 +7,13 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,f16c,bmi,bmi2,popcnt,prefer-vector-width=512"))), apply_to = function)
+#pragma clang attribute push(                                                                                  \
+    __attribute__((target(                                                                                     \
+        "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,f16c,bmi,bmi2,popcnt,prefer-vector-width=512"))), \
+    apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx2,f16c,bmi,bmi2,popcnt,prefer-vector-width=512")
 #endif
 #include "instantiate.h"
 #include "simd_avx512.h"

@@ -28,9 +28,11 @@ struct Avx2 {
   };
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
+  PM_HD static void fence() { _mm_sfence(); }
   PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
     for (size_t at = 0; at < bytes; at += 32) {
-      const __m256i half = _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + at));
+      const __m256i half =
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + at));
       store_half_line(static_cast<char*>(to) + at, half, bypass_cache);
     }
   }
@@ -57,7 +59,9 @@ PM_HD Avx2::Mask at_least(Avx2Bits bits, uint32_t threshold) {
 }
 PM_HD Avx2 sign_bit(Avx2 a) { return {_mm256_and_ps(a.x, _mm256_set1_ps(-0.0f))}; }
 PM_HD Avx2 flip_sign(Avx2 a, Avx2 sign) { return {_mm256_xor_ps(a.x, sign.x)}; }
-PM_HD Avx2::Mask is_positive(Avx2 a) { return as_mask(_mm256_cmpgt_epi32(bits_of(a), _mm256_setzero_si256())); }
+PM_HD Avx2::Mask is_positive(Avx2 a) {
+  return as_mask(_mm256_cmpgt_epi32(bits_of(a), _mm256_setzero_si256()));
+}
 PM_HD Avx2::Mask is_zero(Avx2 a) { return {_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_EQ_OQ)}; }
 PM_HD Avx2::Mask is_nan(Avx2 a) { return {_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q)}; }
 PM_HD Avx2 select(Avx2::Mask m, Avx2 yes, Avx2 no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
@@ -134,7 +138,8 @@ PM_HD bool store_group(F32, uint32_t* p, const Avx2 (&v)[kGroup], bool bypass_ca
   for (int g = 0; g < kGroup; ++g) {
     const Avx2::Mask n = is_nan(v[g]);
     nan |= n;
-    store_half_line(p + 8 * g, bits_of(select(n, from_bits(_mm256_set1_epi32(0x7fc00000)), v[g])), bypass_cache);
+    store_half_line(p + 8 * g, bits_of(select(n, from_bits(_mm256_set1_epi32(0x7fc00000)), v[g])),
+                    bypass_cache);
   }
   return Avx2::mask_bits(nan) != 0;
 }
@@ -157,7 +162,8 @@ struct WideProduct256 {
 };
 PM_HD WideProduct256 multiply_wide(Word256 a, uint32_t m) {
   const __m256i factor = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(a.x, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a.x, 32), factor);
+  const __m256i even = _mm256_mul_epu32(a.x, factor),
+                odd = _mm256_mul_epu32(_mm256_srli_epi64(a.x, 32), factor);
   return {{_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)},
           {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)}};
 }

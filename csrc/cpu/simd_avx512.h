@@ -22,13 +22,15 @@ struct Avx512 {
 
   PM_HD static Avx512 set(float value) { return {_mm512_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(__mmask16 m) { return m; }
+  PM_HD static void fence() { _mm_sfence(); }
   PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
     for (size_t at = 0; at < bytes; at += 64) {
       const __m512i line = _mm512_load_si512(static_cast<const char*>(from) + at);
       store_line(static_cast<char*>(to) + at, line, bypass_cache);
     }
   }
-  // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions for 4.
+  // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions
+  // for 4.
   PM_HD static void store_masks(uint16_t* field, const __mmask16 (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) asm("kmovw %1, %0" : "=m"(field[g]) : "k"(m[g]));
   }
@@ -48,15 +50,22 @@ PM_HD Avx512Bits magnitude(Avx512 a) { return {_mm512_and_si512(bits_of(a), _mm5
 PM_HD __mmask16 at_least(Avx512Bits bits, uint32_t threshold) {
   return _mm512_cmpge_epu32_mask(bits.x, _mm512_set1_epi32(int(threshold)));
 }
-PM_HD Avx512 sign_bit(Avx512 a) { return from_bits(_mm512_and_si512(bits_of(a), _mm512_set1_epi32(int(0x80000000u)))); }
-PM_HD Avx512 flip_sign(Avx512 a, Avx512 sign) { return from_bits(_mm512_xor_si512(bits_of(a), bits_of(sign))); }
-// As integers: faster than a float compare, and equal to it for every value but NaN, whose result is NaN anyway.
+PM_HD Avx512 sign_bit(Avx512 a) {
+  return from_bits(_mm512_and_si512(bits_of(a), _mm512_set1_epi32(int(0x80000000u))));
+}
+PM_HD Avx512 flip_sign(Avx512 a, Avx512 sign) {
+  return from_bits(_mm512_xor_si512(bits_of(a), bits_of(sign)));
+}
+// As integers: faster than a float compare, and equal to it for every value but NaN, whose result is NaN
+// anyway.
 PM_HD __mmask16 is_positive(Avx512 a) { return _mm512_cmpgt_epi32_mask(bits_of(a), _mm512_setzero_si512()); }
 PM_HD __mmask16 is_zero(Avx512 a) { return _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 PM_HD __mmask16 is_nan(Avx512 a) { return _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q); }
 PM_HD Avx512 select(__mmask16 m, Avx512 yes, Avx512 no) { return {_mm512_mask_mov_ps(no.x, m, yes.x)}; }
 PM_HD Avx512 keep_where(__mmask16 m, Avx512 a) { return {_mm512_maskz_mov_ps(m, a.x)}; }
-PM_HD Avx512 add_where(__mmask16 m, Avx512 sum, Avx512 a) { return {_mm512_mask_add_ps(sum.x, m, sum.x, a.x)}; }
+PM_HD Avx512 add_where(__mmask16 m, Avx512 sum, Avx512 a) {
+  return {_mm512_mask_add_ps(sum.x, m, sum.x, a.x)};
+}
 
 // bf16 unordered: vectors 0 and 2 hold the even elements of 32, vectors 1 and 3 the odd ones, which saves
 // the widening shuffle: the even ones are one shift, the odd ones one mask.
@@ -130,7 +139,8 @@ PM_HD bool store_group(F32, uint32_t* p, const Avx512 (&v)[kGroup], bool bypass_
   for (int g = 0; g < kGroup; ++g) {
     const __mmask16 n = is_nan(v[g]);
     nan |= n;
-    store_line(p + 16 * g, _mm512_mask_mov_epi32(bits_of(v[g]), n, _mm512_set1_epi32(0x7fc00000)), bypass_cache);
+    store_line(p + 16 * g, _mm512_mask_mov_epi32(bits_of(v[g]), n, _mm512_set1_epi32(0x7fc00000)),
+               bypass_cache);
   }
   return nan != 0;
 }
@@ -154,7 +164,8 @@ struct WideProduct512 {
 };
 PM_HD WideProduct512 multiply_wide(Word512 a, uint32_t m) {
   const __m512i factor = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(a.x, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a.x, 32), factor);
+  const __m512i even = _mm512_mul_epu32(a.x, factor),
+                odd = _mm512_mul_epu32(_mm512_srli_epi64(a.x, 32), factor);
   return {{_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd)},
           {_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32))}};
 }
@@ -171,14 +182,16 @@ PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
   philox(c, key0, key1);
   uint64_t bits = 0;
   for (int w = 0; w < 4; ++w)
-    bits |= _pdep_u64(_mm512_cmplt_epu32_mask(c[w].x, _mm512_set1_epi32(int(limit))), 0x1111111111111111ull << w);
+    bits |=
+        _pdep_u64(_mm512_cmplt_epu32_mask(c[w].x, _mm512_set1_epi32(int(limit))), 0x1111111111111111ull << w);
   for (int g = 0; g < kGroup; ++g) keep[g] = __mmask16(bits >> (16 * g));
 }
 
 PM_HD void pack_group(Avx512, const uint16_t* from, uint64_t bits, uint16_t* to) {
   const __mmask32 low = uint32_t(bits), high = uint32_t(bits >> 32);
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(low, _mm512_loadu_si512(from)));
-  _mm512_storeu_si512(to + _mm_popcnt_u32(low), _mm512_maskz_compress_epi16(high, _mm512_loadu_si512(from + 32)));
+  _mm512_storeu_si512(to + _mm_popcnt_u32(low),
+                      _mm512_maskz_compress_epi16(high, _mm512_loadu_si512(from + 32)));
 }
 PM_HD void pack_group(Avx512, const uint32_t* from, uint64_t bits, uint32_t* to) {
   for (int g = 0; g < kGroup; ++g) {

@@ -4,8 +4,8 @@
 
 namespace pm {
 
-constexpr int kVirtualLanes = 16;         // partial sums of a reduction, the same on every processor
-constexpr int64_t kReduceBlock = 65536;   // elements that are summed before blocks are added in order
+constexpr int kVirtualLanes = 16;        // partial sums of a reduction, the same on every processor
+constexpr int64_t kReduceBlock = 65536;  // elements that are summed before blocks are added in order
 
 // A reduction's running state for one expert and one block: all magnitudes, and those kept.
 struct Masses {
@@ -40,11 +40,13 @@ class StatsKernel {
   }
 
   // Appends key and position of every entry in [low, high); room for a group more is needed.
-  static void open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high, OpenKeys<Bits>* to) {
+  static void open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high,
+                        OpenKeys<Bits>* to) {
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
       uint16_t field[kGroup];
       for (int g = 0; g < kGroup; ++g)
-        field[g] = uint16_t(V::mask_bits(trim_magnitude(d[g], low)) & ~V::mask_bits(trim_magnitude(d[g], high)));
+        field[g] =
+            uint16_t(V::mask_bits(trim_magnitude(d[g], low)) & ~V::mask_bits(trim_magnitude(d[g], high)));
       uint64_t fields;
       memcpy(&fields, field, sizeof fields);
       uint64_t open = element_mask<true>(T{}, V{}, fields);
@@ -111,7 +113,8 @@ class StatsKernel {
   PM_HD static void add(const Work (&value)[kElements], int n, int64_t offset, double* lanes) {
     if (kElements % kVirtualLanes == 0 && n == kElements && offset % kVirtualLanes == 0) {
       for (int j = 0; j < kElements; j += kVirtualLanes)
-        for (int lane = 0; lane < std::min(kVirtualLanes, kElements); ++lane) lanes[lane] += double(value[j + lane]);
+        for (int lane = 0; lane < std::min(kVirtualLanes, kElements); ++lane)
+          lanes[lane] += double(value[j + lane]);
     } else {
       for (int j = 0; j < n; ++j) lanes[(offset + j) % kVirtualLanes] += double(value[j]);
     }

@@ -39,14 +39,16 @@ Region make_region(const int64_t* row) {
   return {row[0], int32_t(row[1]), int32_t(row[2]), DType(row[3] < 0 ? int(DType::f32) : int(row[3]))};
 }
 
-// One run over a list of jobs. `execute` blocks without the interpreter lock; the others may be called meanwhile.
+// One run over a list of jobs. `execute` blocks without the interpreter lock; the others may be called
+// meanwhile.
 class Run {
  public:
-  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given: thresholds
-  // per group, or nothing.
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given:
+  // thresholds per group, or nothing.
   Run(const Array<int64_t>& jobs, const Array<uint64_t>& keys, const Array<int64_t>& inputs,
-      const Array<int64_t>& outs, const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups,
-      std::vector<int> files, const py::dict& settings, const CutList& given)
+      const Array<int64_t>& outs, const std::vector<py::dict>& rules,
+      std::vector<std::vector<int64_t>> groups, std::vector<int> files, const py::dict& settings,
+      const CutList& given)
       : groups_(std::move(groups)) {
     const auto job = jobs.unchecked<2>();
     for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
@@ -83,7 +85,8 @@ class Run {
     s.spill = settings["spill"].cast<int>();
   }
 
-  // None when done, else (job, input, what): input -1 is the output, job -1 no single one; "" means cancelled.
+  // None when done, else (job, input, what): input -1 is the output, job -1 no single one; "" means
+  // cancelled.
   py::object execute() {
     try {
       py::gil_scoped_release release;
@@ -131,8 +134,9 @@ class Run {
 
 void bind_stream(py::module_& m) {
   py::class_<Run>(m, "Run")
-      .def(py::init<const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&, const Array<int64_t>&,
-                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&, const CutList&>())
+      .def(py::init<const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&,
+                    const Array<int64_t>&, const std::vector<py::dict>&, std::vector<std::vector<int64_t>>,
+                    std::vector<int>, const py::dict&, const CutList&>())
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)

@@ -7,11 +7,12 @@ namespace pm {
 
 namespace {
 
-constexpr int64_t kMostSamples = 1 << 19;  // per expert: bounds memory; the bracket is then 0.45 % of the ranks wide
+constexpr int64_t kMostSamples =
+    1 << 19;  // per expert: bounds memory; the bracket is then 0.45 % of the ranks wide
 
 struct Samples {
-  int64_t clusters, length;             // `length` neighbours are read together
-  std::vector<uint64_t> start;          // flat index of each cluster, ascending
+  int64_t clusters, length;     // `length` neighbours are read together
+  std::vector<uint64_t> start;  // flat index of each cluster, ascending
   uint64_t index(int64_t i) const { return start[size_t(i / length)] + uint64_t(i % length); }
 };
 
@@ -81,7 +82,9 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     Worker& worker = group.run().workers[size_t(member)];
     for (int64_t c = batch * kBatch; c < std::min(samples.clusters, (batch + 1) * kBatch); ++c) {
       uint64_t flat = samples.start[size_t(c)];
-      size_t tensor = size_t(std::upper_bound(group.origins.begin(), group.origins.end(), flat) - group.origins.begin()) - 1;
+      size_t tensor =
+          size_t(std::upper_bound(group.origins.begin(), group.origins.end(), flat) - group.origins.begin()) -
+          1;
       for (int64_t done = 0; done < samples.length; ++tensor) {
         const JobView& view = group.views[tensor];
         const int64_t first = int64_t(flat - group.origins[tensor]);
@@ -97,7 +100,8 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     }
   });
 
-  Bracket bracket{std::vector<Cut>(static_cast<size_t>(experts)), std::vector<Cut>(static_cast<size_t>(experts))};
+  Bracket bracket{std::vector<Cut>(static_cast<size_t>(experts)),
+                  std::vector<Cut>(static_cast<size_t>(experts))};
   const Settings& settings = group.run().settings;
   const bool all_ties = group.rule().all_ties;
   crew.each(experts, [&](int, int64_t k) {

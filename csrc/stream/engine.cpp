@@ -33,12 +33,14 @@ void copy_equal(RunContext& run, int64_t number, Crew& crew) {
     };
     const void* expected = fetch(0, worker.raw);
     for (int i = 1; i < job.inputs; ++i) {
-      const auto *a = static_cast<const char*>(expected), *b = static_cast<const char*>(fetch(i, worker.wide));
+      const auto *a = static_cast<const char*>(expected),
+                 *b = static_cast<const char*>(fetch(i, worker.wide));
       if (memcmp(a, b, bytes) == 0) continue;
       const int64_t at = std::mismatch(a, a + bytes, b).first - a;
-      throw StreamError(number, i, "differs from the first input at element " +
-                                       std::to_string(first + at / job.out.item) +
-                                       ", but tensors of integers must be equal in all inputs");
+      throw StreamError(number, i,
+                        "differs from the first input at element " +
+                            std::to_string(first + at / job.out.item) +
+                            ", but tensors of integers must be equal in all inputs");
     }
     if (job.out.file == kInMemory)
       memcpy(job.out.address(first), expected, bytes);
@@ -71,7 +73,8 @@ void run_group(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew&
   const bool in_double = std::any_of(jobs.begin(), jobs.end(), [&](int64_t job) {
     return JobView::natural_kernel(run.jobs[size_t(job)]) == DType::f64;
   });
-  in_double ? merge_jobs<double>(run, number, jobs, crew, held) : merge_jobs<float>(run, number, jobs, crew, held);
+  in_double ? merge_jobs<double>(run, number, jobs, crew, held)
+            : merge_jobs<float>(run, number, jobs, crew, held);
 }
 
 }  // namespace
@@ -82,7 +85,8 @@ void run_jobs(RunContext& run, const std::vector<std::vector<int64_t>>& groups) 
   run.cuts.resize(groups.size());
   int64_t total = 0;
   for (const auto& group : groups) total += elements_of(run, group);
-  // Below this share of the whole, working alone costs no more waiting at the end than 1/8 of a worker's time.
+  // Below this share of the whole, working alone costs no more waiting at the end than 1/8 of a worker's
+  // time.
   const int64_t large = std::max(total / (8 * team.size()), 4 * run.settings.tile);
   std::vector<int64_t> small;
   for (size_t g = 0; g < groups.size(); ++g) {

@@ -15,7 +15,8 @@ class ExactSearch {
   using Bits = typename WorkTraits<Work>::Bits;
 
  public:
-  ExactSearch(const Group<Work>& group, Crew& crew) : group_(group), crew_(crew), tile_(group.run().settings.tile) {
+  ExactSearch(const Group<Work>& group, Crew& crew)
+      : group_(group), crew_(crew), tile_(group.run().settings.tile) {
     cuts_.assign(size_t(group.experts()), Cut::keep_all());
     for (int k = 0; k < group.experts(); ++k) {
       if (group.kept(k) == 0) cuts_[size_t(k)] = Cut::keep_none();
@@ -53,7 +54,8 @@ class ExactSearch {
       view.load(worker, piece.first, piece.count);
       std::vector<Bits> keys(static_cast<size_t>(piece.count));
       for (size_t s = 0; s < searches_.size(); ++s) {
-        group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)], piece.count, keys.data());
+        group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)],
+                                  piece.count, keys.data());
         body(member, s, number, keys);
       }
     });
@@ -61,7 +63,8 @@ class ExactSearch {
 
   void settle_digit(int shift, int digit) {
     const size_t bins = size_t(1) << digit;
-    std::vector<std::vector<int64_t>> tables(size_t(crew_.size()), std::vector<int64_t>(bins * searches_.size()));
+    std::vector<std::vector<int64_t>> tables(size_t(crew_.size()),
+                                             std::vector<int64_t>(bins * searches_.size()));
     each_keys([&](int member, size_t s, int64_t, const std::vector<Bits>& keys) {
       int64_t* table = &tables[size_t(member)][s * bins];
       const uint64_t prefix = searches_[s].prefix >> digit >> shift;
@@ -88,17 +91,20 @@ class ExactSearch {
     const int64_t pieces = group_.piece_count(tile_);
     std::vector<int64_t> equal(size_t(pieces) * searches_.size());
     each_keys([&](int, size_t s, int64_t number, const std::vector<Bits>& keys) {
-      equal[size_t(number) * searches_.size() + s] = std::count(keys.begin(), keys.end(), Bits(searches_[s].prefix));
+      equal[size_t(number) * searches_.size() + s] =
+          std::count(keys.begin(), keys.end(), Bits(searches_[s].prefix));
     });
     Worker& worker = group_.run().workers[size_t(crew_.size() - 1)];
     for (size_t s = 0; s < searches_.size(); ++s) {
       int64_t rank = searches_[s].rank, number = 0;
-      for (; equal[size_t(number) * searches_.size() + s] < rank; ++number) rank -= equal[size_t(number) * searches_.size() + s];
+      for (; equal[size_t(number) * searches_.size() + s] < rank; ++number)
+        rank -= equal[size_t(number) * searches_.size() + s];
       const auto piece = group_.piece(number, tile_);
       const JobView& view = group_.views[piece.tensor];
       view.load(worker, piece.first, piece.count);
       std::vector<Bits> keys(static_cast<size_t>(piece.count));
-      group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)], piece.count, keys.data());
+      group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)],
+                                piece.count, keys.data());
       const KeyRanks<Bits> ranks(keys.data(), piece.count);
       const int64_t last = ranks.nth_equal(Bits(searches_[s].prefix), rank);
       cuts_[size_t(searches_[s].expert)].index = group_.flat(piece.tensor, piece.first + last) + 1;

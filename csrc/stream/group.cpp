@@ -5,7 +5,8 @@
 namespace pm {
 
 template <class Work>
-Group<Work>::Group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs) : number(number), run_(run) {
+Group<Work>::Group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs)
+    : number(number), run_(run) {
   DType kernel = JobView::natural_kernel(run.jobs[size_t(jobs[0])]);
   for (int64_t job : jobs) {
     const DType natural = JobView::natural_kernel(run.jobs[size_t(job)]);
@@ -31,7 +32,8 @@ template <class Work>
 int64_t Group<Work>::piece_count(int64_t piece) const {
   if (piece_size_ != piece) {
     piece_starts_.assign(1, 0);
-    for (const auto& view : views) piece_starts_.push_back(piece_starts_.back() + (view.job().count + piece - 1) / piece);
+    for (const auto& view : views)
+      piece_starts_.push_back(piece_starts_.back() + (view.job().count + piece - 1) / piece);
     piece_size_ = piece;
   }
   return piece_starts_.back();

@@ -53,7 +53,8 @@ Bits threshold_at(const Cut& cut, uint64_t at) {
   return bits > uint64_t(Bits(~Bits(0))) ? Bits(~Bits(0)) : Bits(bits);
 }
 
-// Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its threshold.
+// Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its
+// threshold.
 template <class F>
 void each_segment(const std::vector<const std::vector<Cut>*>& cuts, uint64_t flat, int64_t count, F&& body) {
   int64_t at = 0;

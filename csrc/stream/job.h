@@ -61,7 +61,8 @@ struct Report {
 // A fault with its place: which job, which of its inputs (kOutput: the result).
 struct StreamError : std::runtime_error {
   static constexpr int kOutput = -1;
-  StreamError(int64_t job, int input, const std::string& what) : std::runtime_error(what), job(job), input(input) {}
+  StreamError(int64_t job, int input, const std::string& what)
+      : std::runtime_error(what), job(job), input(input) {}
   int64_t job;
   int input;
 };

@@ -1,6 +1,7 @@
 // Merges one group: exact thresholds and the output in one reading of the inputs (Crew = who does the work).
 #pragma once
 #include "bracket.h"
+#include "tensor_params.h"
 
 namespace pm {
 
@@ -21,5 +22,15 @@ struct Counts {
 template <class Work>
 bool select_cuts(const Group<Work>& group, Crew& crew, UndecidedStore& store, const Bracket& bracket,
                  const Counts& counts, std::vector<Cut>* cuts);
+
+// Maps the undecided again, now with the exact cuts, and replaces the results that changed.
+template <class Work>
+void fix_up(const Group<Work>& group, Crew& crew, UndecidedStore& store, const std::vector<Cut>& cuts,
+            const std::vector<TensorParams<Work>>& params);
+
+// Sets each tensor's factors in `params`: one more reading of the inputs. Without cuts the trim is random.
+template <class Work>
+void rescale(const Group<Work>& group, Crew& crew, const std::vector<Cut>& cuts,
+             std::vector<TensorParams<Work>>* params);
 
 }  // namespace pm

@@ -9,8 +9,8 @@ namespace pm {
 
 namespace {
 
-constexpr int64_t kBins = 4096;          // per narrowing step
-constexpr int64_t kGatherable = 1 << 16; // candidates of one expert that are sorted out directly: 1 MiB
+constexpr int64_t kBins = 4096;           // per narrowing step
+constexpr int64_t kGatherable = 1 << 12;  // candidates of one expert that are sorted out directly
 
 // One expert's search: the `rank`-th largest among undecided keys with magnitude in [low, high].
 struct Search {
@@ -27,7 +27,8 @@ struct Search {
   }
   void narrow() {
     auto total = [this](size_t bin) {
-      return std::accumulate(bins.begin(), bins.end(), int64_t(0), [bin](int64_t sum, auto& b) { return sum + b[bin]; });
+      return std::accumulate(bins.begin(), bins.end(), int64_t(0),
+                             [bin](int64_t sum, auto& b) { return sum + b[bin]; });
     };
     size_t bin = size_t(kBins) - 1;
     for (; (count = total(bin)) < rank; --bin) rank -= count;
@@ -38,7 +39,9 @@ struct Search {
 
 struct Candidate {
   uint64_t key, index;
-  bool operator<(const Candidate& other) const { return key != other.key ? key > other.key : index < other.index; }
+  bool operator<(const Candidate& other) const {
+    return key != other.key ? key > other.key : index < other.index;
+  }
 };
 
 template <class Work>
@@ -145,14 +148,16 @@ class Selection {
     const std::vector<Cut> low{bracket_.low[size_t(s.expert)]}, high{bracket_.high[size_t(s.expert)]};
     OpenKeys<Bits> to{keys, rows, 0, 0};
     each_segment({&low, &high}, flat, span.size, [&](int64_t first, int64_t size) {
-      const auto begin = std::lower_bound(position + span.begin, position + span.end, uint32_t(first)) - position;
-      const auto end = std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
+      const auto begin =
+          std::lower_bound(position + span.begin, position + span.end, uint32_t(first)) - position;
+      const auto end =
+          std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
       const Bits from = std::max(threshold_at<Bits>(low[0], flat + uint64_t(first)), Bits(s.low));
       const Bits below = std::min(threshold_at<Bits>(high[0], flat + uint64_t(first)), Bits(s.high + 1));
       const int64_t offset = begin * layout.item;
       to.origin = uint32_t(begin);
-      group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset, end - begin, from,
-                                     below, &to);
+      group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset,
+                                     end - begin, from, below, &to);
     });
     return {keys, rows, position, flat, to.size, 0, 0, 0};
   }
@@ -166,7 +171,8 @@ class Selection {
 // Reads the exact cut off the counts where they alone decide; otherwise says what to search for.
 enum class Verdict { decided, search, missed };
 
-Verdict judge(int64_t kept, const Cut& low, const Cut& high, int64_t surely, int64_t opened, Cut* cut, int64_t* rank) {
+Verdict judge(int64_t kept, const Cut& low, const Cut& high, int64_t surely, int64_t opened, Cut* cut,
+              int64_t* rank) {
   const bool to_the_bottom = low.magnitude == 1 && low.index == Cut::kAllIndices;
   *cut = high;
   if (kept == surely) return Verdict::decided;
@@ -199,7 +205,13 @@ bool select_cuts(const Group<Work>& group, Crew& crew, UndecidedStore& store, co
       case Verdict::decided: break;
       case Verdict::missed: return false;
       case Verdict::search:
-        searches.push_back({k, rank, counts.opened[i], low.magnitude, std::min(high.magnitude, uint64_t(WorkTraits<Work>::infinity) + 1), 0, {}});
+        searches.push_back({k,
+                            rank,
+                            counts.opened[i],
+                            low.magnitude,
+                            std::min(high.magnitude, uint64_t(WorkTraits<Work>::infinity) + 1),
+                            0,
+                            {}});
     }
   }
   Selection<Work> selection(group, crew, store, bracket);
@@ -222,7 +234,9 @@ bool select_cuts(const Group<Work>& group, Crew& crew, UndecidedStore& store, co
   return true;
 }
 
-template bool select_cuts(const Group<float>&, Crew&, UndecidedStore&, const Bracket&, const Counts&, std::vector<Cut>*);
-template bool select_cuts(const Group<double>&, Crew&, UndecidedStore&, const Bracket&, const Counts&, std::vector<Cut>*);
+template bool select_cuts(const Group<float>&, Crew&, UndecidedStore&, const Bracket&, const Counts&,
+                          std::vector<Cut>*);
+template bool select_cuts(const Group<double>&, Crew&, UndecidedStore&, const Bracket&, const Counts&,
+                          std::vector<Cut>*);
 
 }  // namespace pm

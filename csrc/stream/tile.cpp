@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kLargeOutput = 1 << 20;  // bytes past which a result would only evict the inputs
 
-constexpr int64_t kWindowTiles = 32;          // 2 MiB per bf16 input at the default tile
+constexpr int64_t kWindowTiles = 32;  // 2 MiB per bf16 input at the default tile
 
 size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
@@ -36,7 +36,8 @@ SlabPool::~SlabPool() {
 
 char* SlabPool::take(size_t bytes, size_t limit) {
   std::lock_guard lock(mutex_);
-  const auto fitting = std::find_if(free_.begin(), free_.end(), [bytes](auto& slab) { return slab.first == bytes; });
+  const auto fitting =
+      std::find_if(free_.begin(), free_.end(), [bytes](auto& slab) { return slab.first == bytes; });
   if (fitting != free_.end()) {
     char* slab = fitting->second;
     free_.erase(fitting);
@@ -68,20 +69,23 @@ void read_fully(RunContext& run, int64_t job, int input, const Region& region, i
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw StreamError(job, input, std::string("cannot be read: ") + strerror(errno));
     if (got == 0)
-      throw StreamError(job, input, "ends at byte " + std::to_string(offset) + ", " + std::to_string(left) +
-                                        " bytes short of what its header promised");
+      throw StreamError(job, input,
+                        "ends at byte " + std::to_string(offset) + ", " + std::to_string(left) +
+                            " bytes short of what its header promised");
     at += got, offset += got, left -= got;
   }
   run.report.bytes_read += count * region.item;
 }
 
-void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count, const void* from) {
+void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count,
+                 const void* from) {
   int64_t offset = region.start + first * region.item, left = count * region.item;
   auto* at = static_cast<const char*>(from);
   while (left > 0) {
     const ssize_t put = pwrite(run.files[size_t(region.file)], at, size_t(left), offset);
     if (put < 0 && errno == EINTR) continue;
-    if (put <= 0) throw StreamError(job, StreamError::kOutput, std::string("cannot be written: ") + strerror(errno));
+    if (put <= 0)
+      throw StreamError(job, StreamError::kOutput, std::string("cannot be written: ") + strerror(errno));
     at += put, offset += put, left -= put;
   }
 }
@@ -134,7 +138,8 @@ void JobView::load(Worker& worker, int64_t first, int64_t count) const {
   Tile& tile = worker.tile;
   tile.expert.resize(size_t(expert_count()));
   tile.base = has_base_ ? load_input(worker, 0, first, count) : nullptr;
-  for (int k = 0; k < expert_count(); ++k) tile.expert[size_t(k)] = load_input(worker, k + has_base_, first, count);
+  for (int k = 0; k < expert_count(); ++k)
+    tile.expert[size_t(k)] = load_input(worker, k + has_base_, first, count);
 }
 
 void* JobView::output_address(int64_t element) const {
@@ -188,7 +193,8 @@ void JobView::patch(Worker& worker, int64_t origin, int64_t span, const uint32_t
     read_fully(run_, number_, StreamError::kOutput, job_->out, origin, span, target);
   }
   auto scatter = [&]<class T>(T) {
-    for (int64_t i = 0; i < count; ++i) static_cast<T*>(static_cast<void*>(target))[position[i]] = static_cast<const T*>(source)[i];
+    for (int64_t i = 0; i < count; ++i)
+      static_cast<T*>(static_cast<void*>(target))[position[i]] = static_cast<const T*>(source)[i];
   };
   item == 2 ? scatter(uint16_t{}) : item == 4 ? scatter(uint32_t{}) : scatter(uint64_t{});
   if (in_file) write_fully(run_, number_, job_->out, origin, span, target);
@@ -204,7 +210,8 @@ void JobView::advise(int64_t first, int64_t count, int advice) const {
 
 void JobView::read_ahead(int64_t first, int64_t tile) const {
   const int64_t window = kWindowTiles * tile;
-  if (first == 0) advise(0, std::min(2 * window, job_->count), POSIX_FADV_WILLNEED);
+  if (first == 0)
+    advise(0, std::min(2 * window, job_->count), POSIX_FADV_WILLNEED);
   else if (first % window == 0 && first + window < job_->count)
     advise(first + window, std::min(window, job_->count - first - window), POSIX_FADV_WILLNEED);
 }

@@ -38,7 +38,8 @@ struct Worker {
   std::vector<void*> column_expert;
 };
 
-// Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the rest.
+// Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the
+// rest.
 class SlabPool {
  public:
   static constexpr size_t kBytes = 1 << 20;
@@ -62,7 +63,8 @@ struct RunContext {
   std::vector<Worker> workers;
   SlabPool slabs;
   std::atomic<int64_t> spilled{0};  // bytes of the spill file in use
-  std::vector<std::vector<Cut>> cuts;  // per group: the thresholds, one per expert; given, or empty until found
+  std::vector<std::vector<Cut>>
+      cuts;  // per group: the thresholds, one per expert; given, or empty until found
   Report report;
 
   void check_cancelled() const {
@@ -117,7 +119,9 @@ class JobView {
   void* held_ = nullptr;
 };
 
-void read_fully(RunContext& run, int64_t job, int input, const Region& region, int64_t first, int64_t count, void* to);
-void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count, const void* from);
+void read_fully(RunContext& run, int64_t job, int input, const Region& region, int64_t first, int64_t count,
+                void* to);
+void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count,
+                 const void* from);
 
 }  // namespace pm

@@ -36,9 +36,11 @@ char* UndecidedStore::spill(Chunk& chunk) {
   const int64_t bytes = layout_.slab_bytes();
   chunk.spilled_at = run_.spilled.fetch_add(bytes);
   for (int64_t done = 0; done < bytes;) {
-    const ssize_t put = pwrite(run_.settings.spill, chunk.slab + done, size_t(bytes - done), chunk.spilled_at + done);
+    const ssize_t put =
+        pwrite(run_.settings.spill, chunk.slab + done, size_t(bytes - done), chunk.spilled_at + done);
     if (put < 0 && errno == EINTR) continue;
-    if (put <= 0) throw StreamError(-1, StreamError::kOutput, std::string("cannot be written: ") + strerror(errno));
+    if (put <= 0)
+      throw StreamError(-1, StreamError::kOutput, std::string("cannot be written: ") + strerror(errno));
     done += put;
   }
   return std::exchange(chunk.slab, nullptr);
@@ -49,7 +51,8 @@ Chunk* UndecidedStore::next(Chunk* full) {
   if (full) full->sealed = true;
   char* slab = allocate();
   if (!slab && run_.settings.spill >= 0) {
-    const auto sealed = std::find_if(chunks_.begin(), chunks_.end(), [](auto& c) { return c->sealed && c->slab; });
+    const auto sealed =
+        std::find_if(chunks_.begin(), chunks_.end(), [](auto& c) { return c->sealed && c->slab; });
     if (sealed != chunks_.end()) slab = spill(**sealed);
   }
   if (!slab) throw Overflow{};
@@ -68,7 +71,8 @@ char* UndecidedStore::open(const Chunk& chunk, Worker& worker) const {
   const int64_t bytes = layout_.slab_bytes();
   char* slab = static_cast<char*>(worker.chunk.reserve(size_t(bytes)));
   for (int64_t done = 0; done < bytes;) {
-    const ssize_t got = pread(run_.settings.spill, slab + done, size_t(bytes - done), chunk.spilled_at + done);
+    const ssize_t got =
+        pread(run_.settings.spill, slab + done, size_t(bytes - done), chunk.spilled_at + done);
     if (got < 0 && errno == EINTR) continue;
     if (got <= 0) throw StreamError(-1, StreamError::kOutput, "the spill file cannot be read back");
     done += got;

@@ -1,0 +1,84 @@
+// From a rule to what the kernels take: parameter blocks, thresholds, the kernel itself.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "group.h"
+
+namespace pm {
+
+// The parameter block of one tensor with the arrays it points to.
+template <class Work>
+struct TensorParams {
+  std::vector<Work> weight, scale;
+  std::vector<uint32_t> limit;
+  std::vector<uint8_t> whole;
+  MapParams<Work> block;
+
+  TensorParams(const Rule& rule, uint64_t key) : scale(rule.weight.size(), Work(1)) {
+    Work total = 0;
+    for (double w : rule.weight) {
+      weight.push_back(Work(w));
+      total += Work(w);
+    }
+    for (double density : rule.density) {
+      whole.push_back(density >= 1);
+      limit.push_back(density >= 1 ? ~0u : uint32_t(std::max(density, 0.0) * 0x1p32));
+    }
+    block.experts = int(weight.size());
+    block.lambda = Work(rule.lambda);
+    block.normalize = rule.normalize;
+    block.divisor = rule.base && std::fabs(total) < Work(1e-8) ? Work(1) : total;
+    block.key0 = uint32_t(key);
+    block.key1 = uint32_t(key >> 32);
+    block.weight = weight.data(), block.scale = scale.data();
+    block.limit = limit.data(), block.whole = whole.data();
+  }
+  TensorParams(TensorParams&&) = default;  // moved vectors keep their memory, so the block stays true
+
+  bool unit() const {
+    auto is_one = [](Work w) { return w == 1; };
+    return std::all_of(weight.begin(), weight.end(), is_one) &&
+           std::all_of(scale.begin(), scale.end(), is_one);
+  }
+};
+
+template <class Bits>
+void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat, std::vector<Bits>* to) {
+  to->resize(cuts.size());
+  for (size_t k = 0; k < cuts.size(); ++k) (*to)[k] = threshold_at<Bits>(cuts[k], flat);
+}
+
+// Whether `test` holds for how many entries of each expert are kept (-1: all).
+template <class Work, class F>
+bool each_expert(const Group<Work>& group, F&& test) {
+  for (int k = 0; k < group.experts(); ++k)
+    if (!test(group.kept(k))) return false;
+  return true;
+}
+
+template <class Work>
+MapFn<Work> kernel_for(const Group<Work>& group, const JobView& view, const TensorParams<Work>& p,
+                       Collect collect) {
+  Trim trim = group.rule().trim;
+  if (trim == Trim::magnitude && each_expert(group, [](int64_t kept) { return kept < 0; })) trim = Trim::none;
+  return group.kernels(view).map({group.rule().base, group.rule().elect, p.unit(), trim, collect});
+}
+
+// The part of the loaded tile that starts `at` elements in.
+template <class Work>
+MapBlock<Work> block_at(Worker& worker, const JobView& view, void* out, int64_t at, int64_t count) {
+  const int64_t bytes = at * view.kernel_item();
+  auto shift = [bytes](const void* p) { return static_cast<const char*>(p) + bytes; };
+  worker.block_expert.clear();
+  for (const void* expert : worker.tile.expert) worker.block_expert.push_back(shift(expert));
+  MapBlock<Work> block;
+  block.base = worker.tile.base ? shift(worker.tile.base) : nullptr;
+  block.expert = worker.block_expert.data();
+  block.out = const_cast<char*>(shift(out));
+  block.count = count;
+  block.bypass_cache = view.bypass_cache(block.out, view.job().count);
+  return block;
+}
+
+}  // namespace pm
