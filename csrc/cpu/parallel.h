@@ -5,6 +5,7 @@
 #include <exception>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -33,10 +34,14 @@ class Solo final : public Crew {
 };
 
 // Persistent threads; the caller is member 0. The first exception stops the rest and is rethrown.
+// Where the system refuses to start more threads, the team is as large as it got.
 class Team final : public Crew {
  public:
   explicit Team(int size) {
-    for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
+    try {
+      for (int member = 1; member < size; ++member) threads_.emplace_back([this, member] { serve(member); });
+    } catch (const std::system_error&) {
+    }
   }
   ~Team() override {
     {

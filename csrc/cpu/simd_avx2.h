@@ -152,38 +152,45 @@ PM_HD uint64_t element_mask(T, Avx2, uint64_t fields) {
          _pdep_u64(bits >> 16 & 0xff, 0x55550000) | _pdep_u64(bits >> 24 & 0xff, 0xaaaa0000);
 }
 
+// Eight words in the low halves of 64-bit lanes; the high halves hold anything.
 struct Word256 {
-  __m256i x;
-  PM_HD Word256 operator^(Word256 b) const { return {_mm256_xor_si256(x, b.x)}; }
-  PM_HD Word256 operator^(uint32_t b) const { return {_mm256_xor_si256(x, _mm256_set1_epi32(int(b)))}; }
+  __m256i half[2];
+  PM_HD Word256 operator^(Word256 b) const {
+    return {{_mm256_xor_si256(half[0], b.half[0]), _mm256_xor_si256(half[1], b.half[1])}};
+  }
+  PM_HD Word256 operator^(uint32_t b) const {
+    const __m256i word = _mm256_set1_epi64x(b);
+    return {{_mm256_xor_si256(half[0], word), _mm256_xor_si256(half[1], word)}};
+  }
 };
 struct WideProduct256 {
   Word256 high, low;
 };
 PM_HD WideProduct256 multiply_wide(Word256 a, uint32_t m) {
-  const __m256i factor = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(a.x, factor),
-                odd = _mm256_mul_epu32(_mm256_srli_epi64(a.x, 32), factor);
-  return {{_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)},
-          {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)}};
+  const __m256i factor = _mm256_set1_epi64x(m);
+  const __m256i p0 = _mm256_mul_epu32(a.half[0], factor), p1 = _mm256_mul_epu32(a.half[1], factor);
+  return {{{_mm256_srli_epi64(p0, 32), _mm256_srli_epi64(p1, 32)}}, {{p0, p1}}};
+}
+PM_HD uint32_t below(Word256 word, uint32_t limit) {
+  const __m256i low = _mm256_set1_epi64x(0xffffffff), bound = _mm256_set1_epi64x(limit);
+  auto bits = [&](__m256i half) {
+    const __m256i is_below = _mm256_cmpgt_epi64(bound, _mm256_and_si256(half, low));
+    return uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(is_below)));
+  };
+  return bits(word.half[0]) | bits(word.half[1]) << 4;
 }
 PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit, Avx2,
                         Avx2::Mask (&keep)[kGroup]) {
-  alignas(32) uint32_t low[8], high[8];
-  for (int j = 0; j < 8; ++j) {
-    low[j] = uint32_t((index >> 2) + j);
-    high[j] = uint32_t(((index >> 2) + j) >> 32);
-  }
-  Word256 c[4] = {{_mm256_load_si256(reinterpret_cast<const __m256i*>(low))},
-                  {_mm256_load_si256(reinterpret_cast<const __m256i*>(high))},
-                  {_mm256_set1_epi32(int(expert))},
-                  {_mm256_setzero_si256()}};
+  const __m256i first =
+      _mm256_add_epi64(_mm256_set1_epi64x(int64_t(index >> 2)), _mm256_setr_epi64x(0, 1, 2, 3));
+  const Word256 counter{{first, _mm256_add_epi64(first, _mm256_set1_epi64x(4))}};
+  Word256 c[4] = {counter,
+                  {{_mm256_srli_epi64(counter.half[0], 32), _mm256_srli_epi64(counter.half[1], 32)}},
+                  {{_mm256_set1_epi64x(expert), _mm256_set1_epi64x(expert)}},
+                  {{_mm256_setzero_si256(), _mm256_setzero_si256()}}};
   philox(c, key0, key1);
   uint64_t bits = 0;
-  for (int w = 0; w < 4; ++w) {
-    const uint32_t above = Avx2::mask_bits(at_least(Avx2Bits{c[w].x}, limit));
-    bits |= _pdep_u64(~above & 0xff, 0x11111111ull << w);
-  }
+  for (int w = 0; w < 4; ++w) bits |= _pdep_u64(below(c[w], limit), 0x11111111ull << w);
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (int g = 0; g < kGroup; ++g) {
     const __m256i byte = _mm256_set1_epi32(int(bits >> (8 * g) & 0xff));

@@ -154,36 +154,43 @@ PM_HD uint64_t element_mask(T, Avx512, uint64_t fields) {
          _pdep_u64(even >> 32, 0x55555555ull << 32) | _pdep_u64(odd >> 32, 0xaaaaaaaaull << 32);
 }
 
+// Sixteen words in the low halves of 64-bit lanes; the high halves hold anything. A wide product then needs
+// no shuffling: its low word is in place, its high word one shift away.
 struct Word512 {
-  __m512i x;
-  PM_HD Word512 operator^(Word512 b) const { return {_mm512_xor_si512(x, b.x)}; }
-  PM_HD Word512 operator^(uint32_t b) const { return {_mm512_xor_si512(x, _mm512_set1_epi32(int(b)))}; }
+  __m512i half[2];
+  PM_HD Word512 operator^(Word512 b) const {
+    return {{_mm512_xor_si512(half[0], b.half[0]), _mm512_xor_si512(half[1], b.half[1])}};
+  }
+  PM_HD Word512 operator^(uint32_t b) const {
+    const __m512i word = _mm512_set1_epi64(b);
+    return {{_mm512_xor_si512(half[0], word), _mm512_xor_si512(half[1], word)}};
+  }
 };
 struct WideProduct512 {
   Word512 high, low;
 };
 PM_HD WideProduct512 multiply_wide(Word512 a, uint32_t m) {
-  const __m512i factor = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(a.x, factor),
-                odd = _mm512_mul_epu32(_mm512_srli_epi64(a.x, 32), factor);
-  return {{_mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd)},
-          {_mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32))}};
+  const __m512i factor = _mm512_set1_epi64(m);
+  const __m512i p0 = _mm512_mul_epu32(a.half[0], factor), p1 = _mm512_mul_epu32(a.half[1], factor);
+  return {{{_mm512_srli_epi64(p0, 32), _mm512_srli_epi64(p1, 32)}}, {{p0, p1}}};
+}
+PM_HD uint32_t below(Word512 word, uint32_t limit) {
+  const __m512i low = _mm512_set1_epi64(0xffffffff), bound = _mm512_set1_epi64(limit);
+  return _mm512_cmplt_epu64_mask(_mm512_and_si512(word.half[0], low), bound) |
+         uint32_t(_mm512_cmplt_epu64_mask(_mm512_and_si512(word.half[1], low), bound)) << 8;
 }
 PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit, Avx512,
                         __mmask16 (&keep)[kGroup]) {
-  const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i low = _mm512_add_epi32(_mm512_set1_epi32(int(index >> 2)), iota);
-  const __mmask16 carry = _mm512_cmplt_epu32_mask(low, iota);
-  const __m512i high = _mm512_set1_epi32(int(index >> 34));
-  Word512 c[4] = {{low},
-                  {_mm512_mask_add_epi32(high, carry, high, _mm512_set1_epi32(1))},
-                  {_mm512_set1_epi32(int(expert))},
-                  {_mm512_setzero_si512()}};
+  const __m512i first =
+      _mm512_add_epi64(_mm512_set1_epi64(int64_t(index >> 2)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  const Word512 counter{{first, _mm512_add_epi64(first, _mm512_set1_epi64(8))}};
+  Word512 c[4] = {counter,
+                  {{_mm512_srli_epi64(counter.half[0], 32), _mm512_srli_epi64(counter.half[1], 32)}},
+                  {{_mm512_set1_epi64(expert), _mm512_set1_epi64(expert)}},
+                  {{_mm512_setzero_si512(), _mm512_setzero_si512()}}};
   philox(c, key0, key1);
   uint64_t bits = 0;
-  for (int w = 0; w < 4; ++w)
-    bits |=
-        _pdep_u64(_mm512_cmplt_epu32_mask(c[w].x, _mm512_set1_epi32(int(limit))), 0x1111111111111111ull << w);
+  for (int w = 0; w < 4; ++w) bits |= _pdep_u64(below(c[w], limit), 0x1111111111111111ull << w);
   for (int g = 0; g < kGroup; ++g) keep[g] = __mmask16(bits >> (16 * g));
 }
 

@@ -25,6 +25,10 @@ _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
 _NO_FILE = -1
 
 
+# More would only exhaust the system's process table.
+MOST_THREADS = 1024
+
+
 class Isa(Enum):
     """The instruction set the kernels run on; AUTO takes the best this processor has."""
 
@@ -119,6 +123,8 @@ class NativeRun:
         thresholds: Sequence[Sequence[Threshold]] = (),
     ) -> None:
         """`thresholds`: those of an earlier run's report over the same inputs, which then need no search."""
+        if not 0 <= settings.threads <= MOST_THREADS:
+            raise BackendError(f"threads is {settings.threads}, expected 1 to {MOST_THREADS}")
         if settings.isa not in (Isa.AUTO, *available_isas()):
             known = ", ".join(isa.name.lower() for isa in available_isas())
             raise BackendError(f"this processor has no {settings.isa.name.lower()}; it has {known}")
