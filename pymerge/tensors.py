@@ -67,6 +67,8 @@ def merge_tensors(
     "reference" or None.
     Raises RecipeError for wrong options, BackendError for inputs that no backend takes.
     """
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads is {threads}, expected at least 1, or None for every core")
     rule: Rule = rule_for(
         method_named(method),
         weights=_per_expert(weight, len(experts), 1.0, "weight"),

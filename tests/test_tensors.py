@@ -167,6 +167,8 @@ REFUSED = {
         "out must have shape",
     ),
     "names": (lambda: merge_tensors({"a": BASE}, [{"b": BASE}]), BackendError, "differ in"),
+    "threads": (lambda: merge_tensors(BASE, EXPERTS, threads=0), RecipeError, "threads is 0"),
+    "crowd": (lambda: merge_tensors(BASE, EXPERTS, threads=10**6), BackendError, "expected 1 to 1024"),
     "no experts": (lambda: merge_tensors(BASE, []), PymergeError, "at least one expert"),
 }
 
