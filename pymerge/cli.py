@@ -61,7 +61,7 @@ def _shared(command: Any) -> Any:
     for option in (
         click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file."),
         click.option("--dtype", metavar="TYPE", help="Element type of the output, before the recipe's."),
-        click.option("--threads", type=click.IntRange(1, 1024), help="Worker threads.  [default: processors]"),
+        click.option("--threads", type=click.IntRange(1, 1024), help="Workers.  [default: processors]"),
         click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     ):

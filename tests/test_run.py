@@ -221,6 +221,7 @@ class Endless:
     """A run that ends only when it is cancelled."""
 
     bytes_done = 7
+    finished = 0
 
     def __init__(
         self, jobs: Sequence[TensorJob], scope: Scope, files: Sequence[OpenFile], settings: Settings

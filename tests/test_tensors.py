@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +36,12 @@ def as_bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(), (0, 4), (7,), (150, 200), (3, 5, 7, 11)])
 def test_torch_tensors_equal_the_reference(method: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     base, experts = make(shape, dtype)
-    options = {"method": method, "density": [0.2, 0.5, 1.0], "weight": [1.0, 0.5, -0.25], "lambda_": 0.7}
+    options: dict[str, Any] = {
+        "method": method,
+        "density": [0.2, 0.5, 1.0],
+        "weight": [1.0, 0.5, -0.25],
+        "lambda_": 0.7,
+    }
     before = [x.clone() for x in (base, *experts)]
     merged = pymerge.merge_tensors(base, experts, **options)
     expected = pymerge.merge_tensors(base, experts, backend="reference", **options)
@@ -89,7 +95,8 @@ def test_mixed_types_and_out_dtype() -> None:
 
 @pytest.mark.parametrize("scope", ["tensor", "model"])
 def test_dicts_of_tensors(scope: str) -> None:
-    base, experts = {}, [{} for _ in range(K)]
+    base: dict[str, torch.Tensor] = {}
+    experts: list[dict[str, torch.Tensor]] = [{} for _ in range(K)]
     for i, name in enumerate(["b", "a", "c"]):
         base[name], tensors = make((50 * (i + 1), 40), torch.bfloat16, seed=i)
         for expert, tensor in zip(experts, tensors, strict=True):
@@ -122,7 +129,7 @@ def test_linear_takes_no_base() -> None:
 BASE, EXPERTS = make((8, 4), torch.float32)
 COMPLEX = BASE.to(torch.complex64)
 LEARNED = EXPERTS[0].clone().requires_grad_()
-REFUSED = {
+REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "no base": (lambda: merge_tensors(None, EXPERTS), RecipeError, "needs a base"),
     "method": (lambda: merge_tensors(BASE, EXPERTS, method="tie"), RecipeError, "did you mean ties"),
     "density": (

@@ -69,6 +69,7 @@ class Run {
       next += size_t(t.inputs);
       run_.jobs.push_back(t);
     }
+    run_.finished = std::vector<std::atomic<bool>>(run_.jobs.size());
     Settings& s = run_.settings;
     s.isa = Isa(settings["isa"].cast<int>());
     for (const auto& group : given) {
@@ -121,6 +122,11 @@ class Run {
     }
     return all;
   }
+  // How many of the leading jobs have their final output.
+  int64_t finished() const {
+    const auto& all = run_.finished;
+    return std::find(all.begin(), all.end(), false) - all.begin();
+  }
   int64_t bytes_done() const { return run_.report.bytes_read.load(); }
   void cancel() { run_.report.cancelled = true; }
 
@@ -140,6 +146,7 @@ void bind_stream(py::module_& m) {
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)
+      .def("finished", &Run::finished)
       .def("bytes_done", &Run::bytes_done)
       .def("cancel", &Run::cancel);
 }

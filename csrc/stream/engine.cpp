@@ -62,7 +62,7 @@ void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& job
   }
 }
 
-void run_group(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew& crew, Buffer* held) {
+void merge_or_copy(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew& crew, Buffer* held) {
   std::erase_if(jobs, [&](int64_t job) { return run.jobs[size_t(job)].count == 0; });
   if (jobs.empty()) return;
   for (int64_t job : jobs) {
@@ -75,6 +75,11 @@ void run_group(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew&
   });
   in_double ? merge_jobs<double>(run, number, jobs, crew, held)
             : merge_jobs<float>(run, number, jobs, crew, held);
+}
+
+void run_group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs, Crew& crew, Buffer* held) {
+  merge_or_copy(run, number, jobs, crew, held);
+  for (int64_t job : jobs) run.finished[size_t(job)] = true;
 }
 
 }  // namespace

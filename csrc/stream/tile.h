@@ -65,6 +65,7 @@ struct RunContext {
   std::atomic<int64_t> spilled{0};  // bytes of the spill file in use
   std::vector<std::vector<Cut>>
       cuts;  // per group: the thresholds, one per expert; given, or empty until found
+  std::vector<std::atomic<bool>> finished;  // per job: its output is final
   Report report;
 
   void check_cancelled() const {

@@ -164,6 +164,11 @@ class NativeRun:
         """Input bytes read so far."""
         return self._run.bytes_done()
 
+    @property
+    def finished(self) -> int:
+        """How many of the leading jobs have their final output."""
+        return self._run.finished()
+
     def cancel(self) -> None:
         """Makes `execute` raise Cancelled soon."""
         self._run.cancel()

@@ -17,11 +17,13 @@ from typing import Any, TypeAlias
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
 from pymerge.checkpoint.durable import writing
 from pymerge.checkpoint.header import shown_path
+from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.errors import CheckpointError
 from pymerge.job import TensorJob
 from pymerge.planner import Plan, bytes_read_by
 from pymerge.rule import Scope, Trim
+from pymerge.run.hasher import ShardHasher
 from pymerge.run.progress import Progress, Silent
 from pymerge.run.results import Summary, manifest, side_files
 
@@ -87,14 +89,18 @@ class _Runner:
                     self._skip(number)
                     continue
                 fd = self.staging.create(layout)
-                report = self._run(self.plan.jobs[number], {number: fd})
+                hasher = ShardHasher(fd, self.plan.jobs[number])
+                report = self._run(self.plan.jobs[number], {number: fd}, hasher)
                 if pending is not None:
                     pending.result()
                 record = self._record(number, report)
                 self._count(record)
-                pending = finisher.submit(self.staging.finish, layout, fd, record)
+                pending = finisher.submit(self._finish, layout, fd, hasher, record)
             if pending is not None:
                 pending.result()
+
+    def _finish(self, layout: ShardLayout, fd: int, hasher: ShardHasher, record: dict[str, Any]) -> None:
+        self.staging.finish(layout, fd, record | {"sha256": hasher.digest()})
 
     def merge_model(self) -> None:
         """Scope model: one run over all output shards, because their thresholds hang together."""
@@ -135,23 +141,27 @@ class _Runner:
             notes=plan.notes,
         )
 
-    def _run(self, jobs: Sequence[TensorJob], outputs: Mapping[int, int]) -> Report:
+    def _run(
+        self, jobs: Sequence[TensorJob], outputs: Mapping[int, int], hasher: ShardHasher | None = None
+    ) -> Report:
         with _open_files(self.plan, jobs, outputs, self.staging.folder) as files:
             run = self.start(jobs, self.plan.scope, files, self.settings)
-            report = self._watch(run)
+            report = self._watch(run, hasher)
         self.done_bytes += bytes_read_by(jobs, self.plan.passes)
         self.bytes_read += report.bytes_read
         self.bytes_written += report.bytes_written
         self.progress.update(self.done_bytes)
         return report
 
-    def _watch(self, run: NativeRun) -> Report:
+    def _watch(self, run: NativeRun, hasher: ShardHasher | None) -> Report:
         """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
         outcome: Future[Report] = Future()
         try:
             threading.Thread(target=_execute, args=(run, outcome), name="merge", daemon=True).start()
             while not outcome.done():
                 wait([outcome], POLL_SECONDS)
+                if hasher is not None:
+                    hasher.follow(run.finished)
                 self.progress.update(self.done_bytes + run.bytes_done)
         except BaseException:
             # Cancelling the outcome fails once the worker is at it; the descriptors must then outlive
