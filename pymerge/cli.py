@@ -25,15 +25,18 @@ EXIT_TERMINATED = 143
 _PATH = click.Path(path_type=Path)
 
 
-class Terminated(BaseException):
-    """SIGTERM came; unwinds like KeyboardInterrupt."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM came; unwinds like KeyboardInterrupt."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
 class _Group(click.Group):
     """Turns the program's own errors into a sentence on stderr and an exit code, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = {number: signal.signal(number, _stop) for number in _STOPPING}
         try:
             return super().invoke(ctx)
         except ProblemList as error:
@@ -43,17 +46,28 @@ class _Group(click.Group):
         except PymergeError as error:
             click.echo(f"pymerge: {error}", err=True)
             ctx.exit(EXIT_ERROR)
-        except (KeyboardInterrupt, Terminated) as stop:
+        except Stopped as stop:
+            before = {}  # the process ends now; a further signal must not change how
             again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""
-            interrupted = isinstance(stop, KeyboardInterrupt)
-            click.echo(f"pymerge: {'interrupted' if interrupted else 'terminated'}{again}", err=True)
-            ctx.exit(EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED)
+            word, code = _STOPPING[stop.number]
+            click.echo(f"pymerge: {word}{again}", err=True)
+            ctx.exit(code)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+_STOPPING: dict[int, tuple[str, int]] = {
+    signal.SIGINT: ("interrupted", EXIT_INTERRUPTED),
+    signal.SIGTERM: ("terminated", EXIT_TERMINATED),
+}
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Unwinds once: a second signal must not break into the tidying up, which takes moments."""
+    for stopping in _STOPPING:
+        signal.signal(stopping, signal.SIG_IGN)
+    raise Stopped(number)
 
 
 def _shared(command: Any) -> Any:

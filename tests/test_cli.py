@@ -206,8 +206,11 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "some results are WRONG" in wrong.stdout
 
 
+@pytest.mark.parametrize("gap", [None, 0.0, 0.01])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_merge_tidily(number: signal.Signals, code: int, tmp_path: Path) -> None:
+def test_signals_end_a_merge_tidily(
+    number: signal.Signals, code: int, gap: float | None, tmp_path: Path
+) -> None:
     """The staging folder appears, the signal comes, and the same command then finishes the work."""
     shapes = {f"t{n}": (1000, 2000) for n in range(4)}
     for seed, name in enumerate(("base", "one", "two", "three")):
@@ -232,6 +235,9 @@ def test_signals_end_a_merge_tidily(number: signal.Signals, code: int, tmp_path:
         assert process.poll() is None, "the merge ended before the signal"
         time.sleep(0.001)
     process.send_signal(number)
+    if gap is not None:  # an impatient user; the process may be gone by then
+        time.sleep(gap)
+        process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (code, "")
     word = "interrupted" if number is signal.SIGINT else "terminated"

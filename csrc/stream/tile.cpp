@@ -74,7 +74,7 @@ void read_fully(RunContext& run, int64_t job, int input, const Region& region, i
                             " bytes short of what its header promised");
     at += got, offset += got, left -= got;
   }
-  run.report.bytes_read += count * region.item;
+  if (input != StreamError::kOutput) run.report.bytes_read += count * region.item;
 }
 
 void write_fully(RunContext& run, int64_t job, const Region& region, int64_t first, int64_t count,

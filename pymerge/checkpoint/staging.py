@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -316,8 +317,15 @@ def _differences(where: str, old: Any, new: Any) -> Iterator[str]:
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for number, (before, after) in enumerate(zip(old, new, strict=True)):
             yield from _differences(f"{where}[{number}]", before, after)
+    elif isinstance(old, str) and isinstance(new, str) and "\n" in old + new:
+        lines = zip_longest(old.splitlines(), new.splitlines())
+        yield from (_change(f"{where} line {i}", a, b) for i, (a, b) in enumerate(lines, 1) if a != b)
     elif old != new:
-        yield f"{where}: was {shown(old)}, now {shown(new)}"
+        yield _change(where, old, new)
+
+
+def _change(where: str, old: Any, new: Any) -> str:
+    return f"{where}: was {shown(old)}, now {shown(new)}"
 
 
 def _take_lock(out: Path) -> int:

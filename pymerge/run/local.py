@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,8 @@ from pymerge.run.results import Summary, manifest, side_files
 
 Start: TypeAlias = Callable[[Sequence[TensorJob], Scope, Sequence[OpenFile], Settings], NativeRun]
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.02
+SETTLE_SECONDS = 0.01
 # What a done record keeps of a report, so that a resumed run can tell the whole.
 COUNTS = ("undecided", "fallbacks", "nan_outputs")
 NOT_OPEN = -1
@@ -155,23 +156,22 @@ class _Runner:
 
     def _watch(self, run: NativeRun, hasher: ShardHasher | None) -> Report:
         """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
-        outcome: Future[Report] = Future()
+        worker = _Worker(run)
+        worker.thread.start()
         try:
-            threading.Thread(target=_execute, args=(run, outcome), name="merge", daemon=True).start()
-            while not outcome.done():
-                wait([outcome], POLL_SECONDS)
+            while not worker.ended:
+                time.sleep(POLL_SECONDS)
                 if hasher is not None:
                     hasher.follow(run.finished)
                 self.progress.update(self.done_bytes + run.bytes_done)
         except BaseException:
-            # Cancelling the outcome fails once the worker is at it; the descriptors must then outlive
-            # the worker, whatever else the user presses.
-            while not outcome.cancel() and not outcome.done():
-                with suppress(KeyboardInterrupt):
+            # The descriptors must outlive the worker, whatever else the user presses.
+            while not worker.ended:
+                with suppress(BaseException):
                     run.cancel()
-                    wait([outcome])
+                    time.sleep(SETTLE_SECONDS)
             raise
-        return outcome.result()
+        return worker.result()
 
     def _record(self, number: int, report: Report | None) -> dict[str, Any]:
         counts = {name: getattr(report, name) if report else 0 for name in COUNTS}
@@ -199,13 +199,26 @@ def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
         yield replace(settings, spill=file.fileno())
 
 
-def _execute(run: NativeRun, outcome: Future[Report]) -> None:
-    if not outcome.set_running_or_notify_cancel():
-        return
-    try:
-        outcome.set_result(run.execute())
-    except BaseException as error:
-        outcome.set_exception(error)
+class _Worker:
+    """Runs the core in a thread; they share plain attributes, since a signal may break into any wait on a lock."""
+
+    def __init__(self, run: NativeRun) -> None:
+        self.thread = threading.Thread(target=self._execute, args=(run,), name="merge", daemon=True)
+        self.ended = False
+        self._report: Report | None = None
+        self._error: BaseException | None = None
+
+    def _execute(self, run: NativeRun) -> None:
+        try:
+            self._report = run.execute()
+        except BaseException as error:
+            self._error = error
+        self.ended = True
+
+    def result(self) -> Report:
+        if self._report is None:
+            raise self._error or RuntimeError("the merge ended without a report")
+        return self._report
 
 
 @contextmanager

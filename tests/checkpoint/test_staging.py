@@ -162,7 +162,8 @@ def test_another_plan_is_refused_with_the_difference(out: Path) -> None:
     start(out)
     other = {"recipe": "dare\n", "inputs": [PLAN["inputs"][0], {"path": "b", "size": 5}], "new": 1}
     message = refused(out, "unfinished run of another plan", other)
-    assert "recipe: was 'ties', now 'dare\\n'; inputs[1].size: was 4, now 5; new: was None, now 1" in message
+    assert "recipe line 1: was 'ties', now 'dare'; inputs[1].size: was 4, now 5" in message
+    assert "new: was None, now 1" in message
     many = {**PLAN, "inputs": {str(i): i for i in range(9)}, **{str(i): i for i in range(9)}}
     assert "; and 5 more)" in refused(out, "another plan", many)
     assert set(os.listdir(folder_of(out))) == {LOCK_NAME, PLAN_NAME}
