@@ -45,12 +45,17 @@ class Group {
   mutable int64_t piece_size_ = 0;
 };
 
+// The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them.
+template <class Bits>
+Bits above(uint64_t magnitude) {
+  constexpr uint64_t nan = (sizeof(Bits) == 4 ? uint64_t(0x7f800000u) : uint64_t(0x7ffull << 52)) + 1;
+  return magnitude >= nan ? Bits(~Bits(0)) : Bits(magnitude + 1);
+}
+
 // The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.
 template <class Bits>
 Bits threshold_at(const Cut& cut, uint64_t at) {
-  constexpr uint64_t nan = (sizeof(Bits) == 4 ? uint64_t(0x7f800000u) : uint64_t(0x7ffull << 52)) + 1;
-  const uint64_t bits = at < cut.index ? cut.magnitude : cut.magnitude >= nan ? ~0ull : cut.magnitude + 1;
-  return bits > uint64_t(Bits(~Bits(0))) ? Bits(~Bits(0)) : Bits(bits);
+  return at < cut.index ? Bits(cut.magnitude) : above<Bits>(cut.magnitude);
 }
 
 // Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its

@@ -133,8 +133,8 @@ class GroupMerge {
       thresholds_at(bracket.high, flat + uint64_t(begin), &keep);
       thresholds_at(bracket.low, flat + uint64_t(begin), &open);
       if (collect == Collect::all) {
-        count = keep;
-        for (Bits& c : count) c += c != Bits(~Bits(0));
+        count.clear();
+        for (const Cut& cut : bracket.high) count.push_back(above<Bits>(cut.magnitude));
       }
       for (int64_t at = begin; at < begin + size; at += UndecidedStore::kBlock) {
         const int64_t n = std::min(UndecidedStore::kBlock, begin + size - at);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <mutex>
 #include <numeric>
+#include <stdexcept>
 
 #include "merge.h"
 
@@ -30,8 +31,11 @@ struct Search {
       return std::accumulate(bins.begin(), bins.end(), int64_t(0),
                              [bin](int64_t sum, auto& b) { return sum + b[bin]; });
     };
-    size_t bin = size_t(kBins) - 1;
-    for (; (count = total(bin)) < rank; --bin) rank -= count;
+    size_t bin = size_t(kBins);
+    while ((count = total(--bin)) < rank) {
+      rank -= count;
+      if (bin == 0) throw std::logic_error("fewer undecided keys than were counted");
+    }
     low += uint64_t(bin) << shift;
     high = std::min(high, low + (uint64_t(1) << shift) - 1);
   }
@@ -70,6 +74,8 @@ class Selection {
       for (int64_t i = 0; i < here.count; ++i) list.push_back({here.key[i], here.index(i)});
     });
     for (size_t i = 0; i < searches.size(); ++i) {
+      if (int64_t(found[i].size()) < searches[i].rank)
+        throw std::logic_error("fewer undecided keys than were counted");
       const auto nth = found[i].begin() + (searches[i].rank - 1);
       std::nth_element(found[i].begin(), nth, found[i].end());
       (*cuts)[size_t(searches[i].expert)] = {nth->key, nth->index + 1};
@@ -96,7 +102,8 @@ class Selection {
       std::sort(counts[i].begin(), counts[i].end());
       int64_t rank = searches[i].rank;
       auto it = counts[i].begin();
-      for (; it->count < rank; ++it) rank -= it->count;
+      for (; it != counts[i].end() && it->count < rank; ++it) rank -= it->count;
+      if (it == counts[i].end()) throw std::logic_error("fewer undecided keys than were counted");
       std::vector<Search> one{searches[i]};
       visit(worker, crew_.size() - 1, it->chunk, one, [&](const Search& s, const Found& found) {
         if (found.span == it->span) (*cuts)[size_t(s.expert)] = {s.low, found.index(rank - 1) + 1};
@@ -153,7 +160,7 @@ class Selection {
       const auto end =
           std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
       const Bits from = std::max(threshold_at<Bits>(low[0], flat + uint64_t(first)), Bits(s.low));
-      const Bits below = std::min(threshold_at<Bits>(high[0], flat + uint64_t(first)), Bits(s.high + 1));
+      const Bits below = std::min(threshold_at<Bits>(high[0], flat + uint64_t(first)), above<Bits>(s.high));
       const int64_t offset = begin * layout.item;
       to.origin = uint32_t(begin);
       group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, s.expert) + offset,
