@@ -83,8 +83,8 @@ def test_given_thresholds_need_no_search() -> None:
 @pytest.mark.parametrize("ties", list(ThresholdTies))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_thresholds_among_nans(dtype: torch.dtype, ties: ThresholdTies, share: float) -> None:
-    """All NaN are one magnitude, above infinity; more of them than are kept leaves the choice to the index."""
-    group = ordinary(dtype, n=120_000, threshold_ties=ties)
+    """All NaN are one magnitude, above infinity: if more of them than are kept, the index decides."""
+    group = ordinary(dtype, n=120_000, ties=ties)
     draw = torch.Generator().manual_seed(5)
     for experts in group.experts:
         for x in experts:

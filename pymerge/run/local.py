@@ -200,7 +200,7 @@ def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
 
 
 class _Worker:
-    """Runs the core in a thread; only plain attributes are shared: a signal may break into a wait on a lock."""
+    """Runs the core in a thread; they share plain attributes only: a signal may break into a lock's wait."""
 
     def __init__(self, run: NativeRun) -> None:
         self.thread = threading.Thread(target=self._execute, args=(run,), name="merge", daemon=True)
