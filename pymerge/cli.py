@@ -46,6 +46,13 @@ class _Group(click.Group):
         except PymergeError as error:
             click.echo(f"pymerge: {error}", err=True)
             ctx.exit(EXIT_ERROR)
+        except OSError as error:
+            what = f"{error.filename}: " if error.filename is not None else ""
+            click.echo(f"pymerge: {what}{error.strerror or error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except MemoryError:
+            click.echo("pymerge: out of memory; try fewer --threads or a smaller --max-memory", err=True)
+            ctx.exit(EXIT_ERROR)
         except Stopped as stop:
             before = {}  # the process ends now; a further signal must not change how
             again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""

@@ -216,12 +216,24 @@ def _problems(
         and not method.elect
         and weights
         and not problems
-        and abs(math.fsum(weights)) < SMALLEST_WEIGHT_SUM
+        and abs(_float32_sum(weights)) < SMALLEST_WEIGHT_SUM
     ):
         problems.append(
             f"the weights of {method.name} sum to {math.fsum(weights):g}, so they cannot be normalized"
         )
     return problems
+
+
+def _float32_sum(numbers: Sequence[float]) -> float:
+    """The sum as the kernels take it: each number and each partial sum rounded to float32."""
+    total = 0.0
+    for number in numbers:
+        total = _float32(total + _float32(number))
+    return total
+
+
+def _float32(number: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", number))[0])
 
 
 def _is_float32(number: float) -> bool:

@@ -54,6 +54,8 @@ def load_recipe(path: Path) -> Recipe:
 
     Raises RecipeError (unreadable, not YAML) or ProblemList (everything else, all at once).
     """
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"recipe {path} is not a regular file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_RECIPE_BYTES + 1)

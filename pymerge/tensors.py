@@ -136,6 +136,8 @@ def _merge_named(
         name: _result(name, arrays, kind, wanted, None if out is None else out[name])
         for name, arrays in checked.items()
     }
+    if out is not None:
+        _check_apart(inputs, out, kind)
     chosen = _choice(Backend, backend or Backend.CPU.value, "backend")
     if chosen is Backend.REFERENCE:
         _run_reference(checked, results, rule, kind)
@@ -167,9 +169,12 @@ def _check(name: str, arrays: list[Any], kind: ArrayKind, backend: str | None) -
 def _result(name: str, arrays: list[Array], kind: ArrayKind, wanted: DType | None, out: Any) -> Array:
     stored = {kind.dtype(array) for array in arrays}
     dtype = promote(stored) if all(d.mergeable for d in stored) else next(iter(stored))
-    dtype = wanted if wanted is not None and dtype.mergeable else dtype
-    if not dtype.mergeable and not dtype.copyable:
-        raise BackendError(f"out_dtype {dtype.torch_name} cannot be written; expected a float type")
+    if wanted is not None and dtype.mergeable:
+        if not wanted.mergeable:
+            raise BackendError(
+                f"out_dtype is {wanted.torch_name}, expected a float type of 16, 32 or 64 bits"
+            )
+        dtype = wanted
     if out is None:
         return kind.empty(arrays[0], dtype)
     label = f"tensor {name!r}: " if name else ""
@@ -179,12 +184,24 @@ def _result(name: str, arrays: list[Array], kind: ArrayKind, wanted: DType | Non
         )
     if not kind.is_contiguous(out):
         raise BackendError(f"{label}out must be contiguous")
-    start, end = kind.span(out)
-    if any(kind.span(array)[0] < end and start < kind.span(array)[1] for array in arrays):
-        raise BackendError(
-            f"{label}out shares memory with an input, which would be overwritten while it is read"
-        )
+    kind.check_place(out, f"{label}out")
     return cast("Array", out)
+
+
+def _check_apart(inputs: Mapping[str, Sequence[Any]], outs: Mapping[str, Any], kind: ArrayKind) -> None:
+    """Results are written while inputs are read, so `out` must not touch any input, nor itself twice."""
+    read = [kind.bounds(array) for arrays in inputs.values() for array in arrays]
+    written: list[tuple[int, int]] = []
+    for name in inputs:
+        start, end = kind.bounds(outs[name])
+        label = f"tensor {name!r}: " if name else ""
+        for others, what in (
+            (read, "an input, which would be overwritten while it is read"),
+            (written, "another out"),
+        ):
+            if start < end and any(low < end and start < high for low, high in others):
+                raise BackendError(f"{label}out shares memory with {what}")
+        written.append((start, end))
 
 
 def _run_native(

@@ -173,6 +173,8 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         BackendError,
         "out must have shape",
     ),
+    "int out": (lambda: merge_tensors(BASE, EXPERTS, out_dtype=torch.int8), BackendError, "a float"),
+    "meta out": (lambda: merge_tensors(BASE, EXPERTS, out=BASE.to("meta")), BackendError, "lies on meta"),
     "names": (lambda: merge_tensors({"a": BASE}, [{"b": BASE}]), BackendError, "differ in"),
     "threads": (lambda: merge_tensors(BASE, EXPERTS, threads=0), RecipeError, "threads is 0"),
     "crowd": (lambda: merge_tensors(BASE, EXPERTS, threads=10**6), BackendError, "expected 1 to 1024"),
@@ -186,3 +188,34 @@ def test_refusals_are_one_clear_sentence(name: str) -> None:
     with pytest.raises(kind, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_rescale_with_an_infinite_entry() -> None:
+    """The scale is NaN, so a kept zero counts: the one-pass route must not pass it over."""
+    base, expert = torch.zeros(20_000), torch.zeros(20_000)
+    expert[0] = torch.inf
+    options: dict[str, Any] = {"density": 0.5, "rescale": True}
+    merged = merge_tensors(base, [expert], **options)
+    expected = merge_tensors(base, [expert], backend="reference", **options)
+    assert torch.equal(as_bits(merged), as_bits(expected))
+    assert merged.isnan().any()
+
+
+def test_out_must_touch_nothing_else() -> None:
+    a, b = torch.randn(30), torch.randn(30)
+    experts = [{"a": torch.randn(30), "b": torch.randn(30)}]
+    with pytest.raises(BackendError, match=r"tensor 'a': out shares memory with an input"):
+        merge_tensors({"a": a, "b": b}, experts, out={"a": experts[0]["b"], "b": torch.empty(30)})
+    both = torch.empty(30)
+    with pytest.raises(BackendError, match=r"tensor 'b': out shares memory with another out"):
+        merge_tensors({"a": a, "b": b}, experts, out={"a": both, "b": both})
+    table = torch.randn(30, 40)
+    with pytest.raises(BackendError, match="out shares memory with an input"):
+        merge_tensors(table.t(), [torch.randn(40, 30)], out=table.view(40, 30))
+
+
+def test_scope_model_needs_one_working_type() -> None:
+    base = {"a": torch.randn(9), "b": torch.randn(9, dtype=torch.float64)}
+    expert = {name: x + 1 for name, x in base.items()}
+    with pytest.raises(BackendError, match=r"'b' is computed in float64, 'a' in float32"):
+        merge_tensors(base, [expert], scope="model")

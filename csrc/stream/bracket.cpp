@@ -50,14 +50,17 @@ Cut cut_at_rank(const KeyRanks<Bits>& ranks, const Samples& samples, int64_t ran
   return {key, samples.index(ranks.nth_equal(key, rank - larger)) + 1};
 }
 
-// Standard error, in samples, of how many samples exceed `key`: neighbours resemble each other, so it is
-// estimated from the spread between clusters.
+// Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`: neighbours
+// resemble each other, so it is estimated from the spread between clusters.
 template <class Bits>
-double rank_error(const Bits* keys, const Samples& s, Bits key) {
+double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equal) {
   double sum = 0, squares = 0;
   for (int64_t c = 0; c < s.clusters; ++c) {
     int above = 0;
-    for (int64_t j = 0; j < s.length; ++j) above += keys[c * s.length + j] >= key;
+    for (int64_t j = 0; j < s.length; ++j) {
+      const int64_t i = c * s.length + j;
+      above += keys[i] > key || (keys[i] == key && i <= last_equal);
+    }
     sum += above;
     squares += double(above) * above;
   }
@@ -114,7 +117,8 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     const double centre = std::clamp(share * double(total), 1.0, double(total));
     int64_t larger;
     const Bits middle = ranks.nth_largest(int64_t(centre), &larger);
-    const double half = settings.sigmas * rank_error(keys[size_t(k)].data(), samples, middle) + 1;
+    const int64_t last = ranks.nth_equal(middle, int64_t(centre) - larger);
+    const double half = settings.sigmas * rank_error(keys[size_t(k)].data(), samples, middle, last) + 1;
     const auto high_rank = int64_t(std::floor(centre - half)), low_rank = int64_t(std::ceil(centre + half));
     high = high_rank < 1 ? Cut::keep_none() : cut_at_rank(ranks, samples, high_rank, all_ties);
     low = low_rank > total ? Cut::keep_all() : cut_at_rank(ranks, samples, low_rank, all_ties);

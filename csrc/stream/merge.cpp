@@ -40,7 +40,9 @@ class GroupMerge {
         run_.cuts[size_t(group_.number)] = cuts;
         if (!rule_.rescale) return fix_up(group_, crew_, store, cuts, params_);
         forget_output();
-        return finish(cuts);
+        rescale(group_, crew_, cuts, &params_);
+        if (scales_finite()) return map(cuts);
+        return finish(exact_cuts(group_, crew_));  // a zero times an infinite scale counts: its index matters
       }
       run_.report.misses += 1;
     } catch (const Overflow&) {
@@ -51,6 +53,13 @@ class GroupMerge {
   }
 
  private:
+  bool scales_finite() const {
+    for (const auto& p : params_)
+      for (Work scale : p.scale)
+        if (!std::isfinite(scale)) return false;
+    return true;
+  }
+
   // A second reading starts over: what the abandoned pass counted does not count.
   void forget_output() {
     run_.report.nan -= stream_nan_;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -20,6 +21,7 @@ class ArrayKind(Protocol):
     def shape(self, array: Array) -> tuple[int, ...]: ...
     def count(self, array: Array) -> int: ...
     def span(self, array: Array) -> tuple[int, int]: ...
+    def bounds(self, array: Array) -> tuple[int, int]: ...  # the same for any layout
     def is_contiguous(self, array: Array) -> bool: ...
     def contiguous(self, array: Array) -> Array: ...
     def empty(self, like: Array, dtype: DType) -> Array: ...
@@ -44,6 +46,14 @@ def _named(name: str) -> DType:
     return BY_TORCH_NAME[name]
 
 
+def _bounds(start: int, shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int, int]:
+    """First address and the one past the last of a strided array; `strides` in bytes, of either sign."""
+    if 0 in shape:
+        return start, start
+    reach = [(size - 1) * stride for size, stride in zip(shape, strides, strict=True)]
+    return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + item
+
+
 class _Numpy:
     def dtype(self, array: Array) -> DType:
         return _named(array.dtype.name)
@@ -57,6 +67,9 @@ class _Numpy:
     def span(self, array: Array) -> tuple[int, int]:
         start = int(array.ctypes.data)
         return start, start + int(array.nbytes)
+
+    def bounds(self, array: Array) -> tuple[int, int]:
+        return _bounds(self.span(array)[0], array.shape, array.strides, array.itemsize)
 
     def is_contiguous(self, array: Array) -> bool:
         return bool(
@@ -112,6 +125,10 @@ class _Torch:
     def span(self, array: Array) -> tuple[int, int]:
         start = int(array.data_ptr())
         return start, start + int(array.numel()) * int(array.element_size())
+
+    def bounds(self, array: Array) -> tuple[int, int]:
+        item = int(array.element_size())
+        return _bounds(int(array.data_ptr()), array.shape, [step * item for step in array.stride()], item)
 
     def is_contiguous(self, array: Array) -> bool:
         return bool(array.is_contiguous())

@@ -128,6 +128,8 @@ class NativeRun:
         if settings.isa not in (Isa.AUTO, *available_isas()):
             known = ", ".join(isa.name.lower() for isa in available_isas())
             raise BackendError(f"this processor has no {settings.isa.name.lower()}; it has {known}")
+        if scope is Scope.MODEL:
+            _check_one_working_type(jobs)
         self._jobs = jobs
         self._files = files
         rules = _RuleTable()
@@ -245,6 +247,20 @@ def _groups(jobs: Sequence[TensorJob], scope: Scope) -> list[list[int]]:
     merged = [number for number, job in enumerate(jobs) if job.rule is not None]
     copied = [[number] for number, job in enumerate(jobs) if job.rule is None]
     return [sorted(merged, key=lambda number: jobs[number].name), *copied] if merged else copied
+
+
+def _check_one_working_type(jobs: Sequence[TensorJob]) -> None:
+    """One threshold compares magnitudes of all tensors, so all must be computed in one type."""
+    first: dict[bool, TensorJob] = {}
+    for job in jobs:
+        if job.rule is not None:
+            wide = DType.F64 in ({job.cast} if job.cast else {region.dtype for region in _inputs(job)})
+            first.setdefault(wide, job)
+    if len(first) == 2:
+        raise BackendError(
+            f"scope model: tensor {first[True].name!r} is computed in float64, {first[False].name!r} in float32;"
+            " set dtype to have one type for all"
+        )
 
 
 def _settings_row(settings: Settings) -> dict[str, object]:

@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
 from pymerge.checkpoint.durable import writing
-from pymerge.checkpoint.header import shown_path
+from pymerge.checkpoint.header import Header, shown_path
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.errors import CheckpointError
@@ -234,26 +234,38 @@ def _open_files(
     shards = [shard for source in plan.inputs for shard in source.checkpoint.shards]
     with ExitStack() as stack:
         files = []
+        opened = []
         for number, shard in enumerate(shards):
             fd = NOT_OPEN
             if number in needed:
-                fd = _open_input(shard.path, shard.header.file_size, shard.header.mtime_ns)
+                fd = _open_input(shard.path, shard.header)
                 stack.callback(os.close, fd)
+                opened.append((fd, shard))
             files.append(OpenFile(str(shard.path), fd))
         for number, layout in enumerate(plan.layouts):
             files.append(OpenFile(str(folder / layout.file_name), outputs.get(number, NOT_OPEN)))
         yield files
+        for fd, shard in opened:
+            _check_unchanged(fd, shard.path, shard.header)
 
 
-def _open_input(path: Path, size: int, mtime_ns: int) -> int:
+def _open_input(path: Path, header: Header) -> int:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CheckpointError(f"{shown_path(path)} cannot be opened: {error.strerror}") from error
-    state = os.fstat(fd)
-    if (state.st_size, state.st_mtime_ns) == (size, mtime_ns):
-        return fd
-    os.close(fd)
+    try:
+        _check_unchanged(fd, path, header)
+    except CheckpointError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_unchanged(fd: int, path: Path, header: Header) -> None:
+    state, size = os.fstat(fd), header.file_size
+    if (state.st_size, state.st_mtime_ns) == (size, header.mtime_ns):
+        return
     what = (
         f"it has {state.st_size:,} bytes, expected {size:,}" if state.st_size != size else "its time differs"
     )
