@@ -257,9 +257,9 @@ def _check_one_working_type(jobs: Sequence[TensorJob]) -> None:
             wide = DType.F64 in ({job.cast} if job.cast else {region.dtype for region in _inputs(job)})
             first.setdefault(wide, job)
     if len(first) == 2:
-        wide, narrow = first[True].name, first[False].name
+        wide_name, narrow_name = first[True].name, first[False].name
         raise BackendError(
-            f"scope model: tensor {wide!r} is computed in float64, {narrow!r} in float32;"
+            f"scope model: tensor {wide_name!r} is computed in float64, {narrow_name!r} in float32;"
             " set dtype to have one type for all"
         )
 
