@@ -14,7 +14,6 @@
 namespace pm {
 
 enum class DType : int { bf16 = 0, f16 = 1, f32 = 2, f64 = 3 };
-constexpr int kDTypes = 4;
 
 PM_HD constexpr int itemsize(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 

@@ -114,6 +114,7 @@ PM_HD uint64_t element_mask(T, Scalar<W>, uint64_t fields) {
 }
 
 // Keep masks of random trim for the group whose first element has flat index `index` (a multiple of 4).
+// A word below `limit` = floor(density * 2^32) keeps its element.
 template <class W>
 PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit,
                         Scalar<W>, bool (&keep)[kGroup]) {

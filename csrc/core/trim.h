@@ -10,7 +10,4 @@ PM_HD typename V::Mask trim_magnitude(V d, typename V::Bits threshold) {
   return at_least(magnitude(d), threshold);
 }
 
-// A word below `limit` = floor(density * 2^32) keeps its element.
-PM_HD constexpr bool trim_random(uint32_t word, uint32_t limit) { return word < limit; }
-
 }  // namespace pm
