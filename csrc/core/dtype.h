@@ -32,11 +32,13 @@ template <>
 struct WorkTraits<float> {
   using Bits = uint32_t;
   static constexpr Bits sign = 0x80000000u, infinity = 0x7f800000u, nan = 0x7fc00000u;
+  static constexpr Bits nan_key = infinity + 1;  // as magnitudes all NaN are equal, above infinity
 };
 template <>
 struct WorkTraits<double> {
   using Bits = uint64_t;
   static constexpr Bits sign = 1ull << 63, infinity = 0x7ffull << 52, nan = 0x7ff8ull << 48;
+  static constexpr Bits nan_key = infinity + 1;
 };
 
 // Storage types: `Raw` is the integer the element travels as, `Work` the type it is computed in.

@@ -27,7 +27,6 @@ class StatsKernel {
   using Raw = typename T::Raw;
   using Bits = typename WorkTraits<Work>::Bits;
   static constexpr int kElements = V::width * kGroup;
-  static constexpr Bits kNaNKey = WorkTraits<Work>::infinity + 1;  // all NaN are equal, above infinity
 
  public:
   // key[i] = bits(|expert[i] - base[i]|) in element order.
@@ -102,7 +101,7 @@ class StatsKernel {
 
   PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
     memcpy(bits, d, sizeof bits);
-    for (int j = 0; j < kElements; ++j) bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, kNaNKey);
+    for (int j = 0; j < kElements; ++j) bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
   }
   PM_HD static void group_magnitudes(const V (&d)[kGroup], Work (&value)[kElements]) {
     Bits bits[kElements];

@@ -3,12 +3,14 @@
 #include <algorithm>
 #include <cmath>
 
+#include "rounds.h"
+
 namespace pm {
 
 namespace {
 
-constexpr int64_t kMostSamples =
-    1 << 19;  // per expert: bounds memory; the bracket is then 0.45 % of the ranks wide
+// Per expert. The sample serves only the first round of the stream, so a rough one will do.
+constexpr int64_t kMostSamples = 1 << 15;
 
 struct Samples {
   int64_t clusters, length;     // `length` neighbours are read together
@@ -16,15 +18,8 @@ struct Samples {
   uint64_t index(int64_t i) const { return start[size_t(i / length)] + uint64_t(i % length); }
 };
 
-uint64_t mix(uint64_t x) {  // splitmix64: any fixed scattering will do, the result never depends on it
-  x += 0x9e3779b97f4a7c15ull;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
-// One cluster at a scattered place in each of equally long strata. The sample grows with n^(2/3), where its
-// cost and the cost of the undecided it leaves balance.
+// One cluster at a scattered place in each of equally long strata. In small groups the sample grows with
+// n^(2/3), where its cost and the cost of the undecided it leaves balance.
 template <class Work>
 Samples choose_samples(const Group<Work>& group) {
   const bool in_files = group.views[0].job().input[0].file != kInMemory;
@@ -37,7 +32,7 @@ Samples choose_samples(const Group<Work>& group) {
   const uint64_t stratum = group.size / uint64_t(s.clusters);
   for (int64_t c = 0; c < s.clusters; ++c) {
     const uint64_t room = stratum - uint64_t(s.length) + 1;
-    s.start.push_back(uint64_t(c) * stratum + mix(uint64_t(c)) % room / 32 * 32);
+    s.start.push_back(uint64_t(c) * stratum + scatter(uint64_t(c)) % room / 32 * 32);
   }
   return s;
 }
@@ -50,22 +45,22 @@ Cut cut_at_rank(const KeyRanks<Bits>& ranks, const Samples& samples, int64_t ran
   return {key, samples.index(ranks.nth_equal(key, rank - larger)) + 1};
 }
 
-// Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`: neighbours
-// resemble each other, so it is estimated from the spread between clusters.
+// Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`. Elements
+// near each other are alike, and so are strata, so it is estimated from how neighbouring clusters differ.
 template <class Bits>
 double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equal) {
-  double sum = 0, squares = 0;
+  double variance = 0;
+  int64_t last = 0;
   for (int64_t c = 0; c < s.clusters; ++c) {
-    int above = 0;
+    int64_t above = 0;
     for (int64_t j = 0; j < s.length; ++j) {
       const int64_t i = c * s.length + j;
       above += keys[i] > key || (keys[i] == key && i <= last_equal);
     }
-    sum += above;
-    squares += double(above) * above;
+    if (c) variance += double((above - last) * (above - last)) / 2;
+    last = above;
   }
-  const double n = double(s.clusters), variance = squares - sum * sum / n;
-  return std::sqrt(std::max(variance, 1.0) * n / std::max(n - 1, 1.0));
+  return std::sqrt(std::max(variance, 1.0)) * spread_margin(s.clusters);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // A group: the tensors over which one threshold per expert is taken. One tensor, or the whole model.
 #pragma once
 #include <memory>
+#include <span>
+#include <type_traits>
 
 #include "../cpu/parallel.h"
 #include "../cpu/select.h"
@@ -48,8 +50,8 @@ class Group {
 // The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them.
 template <class Bits>
 Bits above(uint64_t magnitude) {
-  constexpr uint64_t nan = (sizeof(Bits) == 4 ? uint64_t(0x7f800000u) : uint64_t(0x7ffull << 52)) + 1;
-  return magnitude >= nan ? Bits(~Bits(0)) : Bits(magnitude + 1);
+  using Work = std::conditional_t<sizeof(Bits) == 4, float, double>;
+  return magnitude >= WorkTraits<Work>::nan_key ? Bits(~Bits(0)) : Bits(magnitude + 1);
 }
 
 // The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.
@@ -61,12 +63,12 @@ Bits threshold_at(const Cut& cut, uint64_t at) {
 // Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its
 // threshold.
 template <class F>
-void each_segment(const std::vector<const std::vector<Cut>*>& cuts, uint64_t flat, int64_t count, F&& body) {
+void each_segment(std::initializer_list<std::span<const Cut>> cuts, uint64_t flat, int64_t count, F&& body) {
   int64_t at = 0;
   while (at < count) {
     uint64_t end = flat + uint64_t(count);
-    for (const auto* list : cuts)
-      for (const Cut& cut : *list)
+    for (const auto& list : cuts)
+      for (const Cut& cut : list)
         if (cut.index > flat + uint64_t(at) && cut.index < end) end = cut.index;
     const int64_t next = int64_t(end - flat);
     body(at, next - at);

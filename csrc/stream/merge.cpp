@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "narrow.h"
+#include "rounds.h"
+
 namespace pm {
 
 namespace {
@@ -30,10 +33,10 @@ class GroupMerge {
     run_.report.searched += 1;
     const bool trivial = each_expert(group_, [](int64_t kept) { return kept <= 0; });
     if (group_.size <= kSmallGroup || trivial) return finish(small_cuts());
-    const Bracket bracket = sample_bracket(group_, crew_);
+    Bracket bracket = sample_bracket(group_, crew_);
     try {
       UndecidedStore store(run_, group_.experts(), group_.views[0].kernel_item());
-      const Counts counts = stream(bracket, store);
+      const Counts counts = stream(store, &bracket);
       std::vector<Cut> cuts;
       if (select_cuts(group_, crew_, store, bracket, counts, &cuts)) {
         run_.report.undecided += store.rows();
@@ -98,33 +101,76 @@ class GroupMerge {
     return cuts;
   }
 
-  // Reads every input once; writes the output as if the undecided were trimmed.
-  Counts stream(const Bracket& bracket, UndecidedStore& store) {
+  // Reads every input once; writes the output as if the undecided were trimmed. Closes the bracket on the way.
+  Counts stream(UndecidedStore& store, Bracket* bracket) {
     const int experts = group_.experts();
-    std::vector<Counts> counts(size_t(crew_.size()), Counts(experts));
+    const int64_t tile = stream_tile();
+    const Rounds rounds = Rounds::scattered_first(group_.piece_count(tile));
     std::vector<Chunk*> chunks(size_t(crew_.size()), nullptr);
-    std::atomic<int64_t> nan{0};
-    const int64_t tile = run_.settings.tile;
-    crew_.each(group_.piece_count(tile), [&](int member, int64_t number) {
-      Worker& worker = run_.workers[size_t(member)];
-      const auto piece = group_.piece(number, tile);
-      const JobView& view = group_.views[piece.tensor];
-      view.read_ahead(piece.first, tile);
-      view.load(worker, piece.first, piece.count);
-      void* out = view.result(worker, piece.first, piece.count);
-      nan +=
-          stream_piece(worker, piece, out, bracket, store, &chunks[size_t(member)], &counts[size_t(member)]);
-      view.store(worker, piece.first, piece.count, out);
-    });
+    std::vector<Counts> pieces(size_t(crew_.size()), Counts(experts));
+    Counts sum(experts);
+    int64_t seen = 0;
+    for (int round = 0; round < rounds.count(); ++round) {
+      std::vector<Counts> counts(size_t(crew_.size()), Counts(experts));
+      Tally tally(experts, rounds.places(round));
+      std::atomic<int64_t> streamed{0}, nan{0};
+      each_piece(rounds, round, tile, [&](int member, int64_t place, const auto& piece) {
+        Worker& worker = run_.workers[size_t(member)];
+        const JobView& view = group_.views[piece.tensor];
+        Counts& here = pieces[size_t(member)];
+        here.clear();
+        view.load(worker, piece.first, piece.count);
+        void* out = view.result(worker, piece.first, piece.count);
+        nan += stream_piece(worker, piece, out, *bracket, store, &chunks[size_t(member)], &here);
+        view.store(worker, piece.first, piece.count, out);
+        tally.add(place, piece.count, here);
+        counts[size_t(member)].add(here);
+        streamed += piece.count;
+      });
+      for (const Counts& c : counts) sum.add(c);
+      stream_nan_ += nan;
+      seen += streamed;
+      if (round + 1 < rounds.count()) narrow_bracket(group_, crew_, store, tally, seen, bracket, &sum);
+    }
     for (Chunk* chunk : chunks)
       if (chunk) store.seal(chunk);
-    stream_nan_ = nan;
     run_.report.nan += stream_nan_;
-    Counts sum(experts);
-    for (const Counts& c : counts)
-      for (size_t k = 0; k < size_t(experts); ++k)
-        sum.above[k] += c.above[k], sum.kept[k] += c.kept[k], sum.opened[k] += c.opened[k];
     return sum;
+  }
+
+  // Smaller tiles for small groups: the bracket closes after the first few, and few must not mean much.
+  int64_t stream_tile() const {
+    constexpr int64_t kPieces = 256, kStep = 2048, kLeast = 8192;  // the least still reads 16 KiB at a time
+    const int64_t tile = (int64_t(group_.size) / kPieces + kStep - 1) / kStep * kStep;
+    return std::min(run_.settings.tile, std::max(tile, kLeast));
+  }
+
+  // body(member, place, piece) for every piece of a round, with the reading of what follows asked for ahead.
+  template <class F>
+  void each_piece(const Rounds& rounds, int round, int64_t tile, F&& body) {
+    crew_.each(rounds.places(round), [&](int member, int64_t place) {
+      read_ahead(rounds, round, tile, place);
+      const int64_t number = rounds.piece(round, place);
+      if (number < rounds.pieces()) body(member, place, group_.piece(number, tile));
+    });
+  }
+
+  void read_ahead(const Rounds& rounds, int round, int64_t tile, int64_t place) {
+    constexpr int64_t kWindow = 32;  // pieces: 2 MiB of each bf16 input at the default tile
+    if (place % kWindow) return;
+    const int64_t end = std::min(place + 2 * kWindow, rounds.places(round));
+    typename Group<Work>::Piece range{0, 0, 0};
+    for (int64_t next = place ? place + kWindow : 0; next < end; ++next) {
+      const int64_t number = rounds.piece(round, next);
+      if (number >= rounds.pieces()) break;
+      const auto piece = group_.piece(number, tile);
+      // A gap of a piece is what an earlier round has read: to ask for it again costs nothing.
+      const bool joins = piece.tensor == range.tensor && piece.first <= range.first + range.count + tile;
+      if (range.count && !joins) group_.views[range.tensor].will_need(range.first, range.count);
+      range = joins && range.count ? range : piece;
+      range.count = piece.first + piece.count - range.first;
+    }
+    if (range.count) group_.views[range.tensor].will_need(range.first, range.count);
   }
 
   int64_t stream_piece(Worker& worker, const typename Group<Work>::Piece& piece, void* out,
@@ -138,7 +184,7 @@ class GroupMerge {
     std::vector<Bits> keep, open, count;
     int64_t nan = 0;
     bool new_span = true;
-    each_segment({&bracket.low, &bracket.high}, flat, piece.count, [&](int64_t begin, int64_t size) {
+    each_segment({bracket.low, bracket.high}, flat, piece.count, [&](int64_t begin, int64_t size) {
       thresholds_at(bracket.high, flat + uint64_t(begin), &keep);
       thresholds_at(bracket.low, flat + uint64_t(begin), &open);
       if (collect == Collect::all) {
@@ -182,18 +228,17 @@ class GroupMerge {
   // The plain pass: thresholds (if any) are final.
   void map(const std::vector<Cut>& cuts) {
     const int64_t tile = run_.settings.tile;
-    crew_.each(group_.piece_count(tile), [&](int member, int64_t number) {
+    const Rounds rounds = Rounds::in_order(group_.piece_count(tile));
+    each_piece(rounds, 0, tile, [&](int member, int64_t, const auto& piece) {
       Worker& worker = run_.workers[size_t(member)];
-      const auto piece = group_.piece(number, tile);
       const JobView& view = group_.views[piece.tensor];
-      view.read_ahead(piece.first, tile);
       view.load(worker, piece.first, piece.count);
       void* out = view.result(worker, piece.first, piece.count);
       void* scratch = worker.scratch.reserve(map_scratch_bytes(group_.experts()));
       const uint64_t flat = group_.flat(piece.tensor, piece.first);
       const MapFn<Work> kernel = kernel_for(group_, view, params_[piece.tensor], Collect::no);
       std::vector<Bits> keep;
-      each_segment({&cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
+      each_segment({cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
         thresholds_at(cuts, flat + uint64_t(begin), &keep);
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
         block.index = uint64_t(piece.first + begin);

@@ -16,11 +16,18 @@ std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew);
 struct Counts {
   std::vector<int64_t> above, kept, opened;
   explicit Counts(int experts) : above(size_t(experts)), kept(size_t(experts)), opened(size_t(experts)) {}
+  void add(const Counts& more) {
+    for (size_t k = 0; k < above.size(); ++k)
+      above[k] += more.above[k], kept[k] += more.kept[k], opened[k] += more.opened[k];
+  }
+  void clear() {
+    for (auto* counts : {&above, &kept, &opened}) std::fill(counts->begin(), counts->end(), 0);
+  }
 };
 
 // The exact cut of every searched expert from the undecided; false if a bracket missed its threshold.
 template <class Work>
-bool select_cuts(const Group<Work>& group, Crew& crew, UndecidedStore& store, const Bracket& bracket,
+bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& store, const Bracket& bracket,
                  const Counts& counts, std::vector<Cut>* cuts);
 
 // Maps the undecided again, now with the exact cuts, and replaces the results that changed.

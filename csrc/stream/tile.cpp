@@ -14,8 +14,6 @@ namespace {
 
 constexpr int64_t kLargeOutput = 1 << 20;  // bytes past which a result would only evict the inputs
 
-constexpr int64_t kWindowTiles = 32;  // 2 MiB per bf16 input at the default tile
-
 size_t round_up(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
@@ -208,13 +206,7 @@ void JobView::advise(int64_t first, int64_t count, int advice) const {
   }
 }
 
-void JobView::read_ahead(int64_t first, int64_t tile) const {
-  const int64_t window = kWindowTiles * tile;
-  if (first == 0)
-    advise(0, std::min(2 * window, job_->count), POSIX_FADV_WILLNEED);
-  else if (first % window == 0 && first + window < job_->count)
-    advise(first + window, std::min(window, job_->count - first - window), POSIX_FADV_WILLNEED);
-}
+void JobView::will_need(int64_t first, int64_t count) const { advise(first, count, POSIX_FADV_WILLNEED); }
 
 void JobView::drop_behind() const { advise(0, job_->count, POSIX_FADV_DONTNEED); }
 

@@ -102,8 +102,8 @@ class JobView {
   void patch(Worker& worker, int64_t origin, int64_t span, const uint32_t* position, const void* value,
              int64_t count) const;
 
-  // Asks for the inputs of the next window of tiles; drop_behind gives back all of them.
-  void read_ahead(int64_t first, int64_t tile) const;
+  // Tells the system which inputs are read soon; drop_behind gives back all of them.
+  void will_need(int64_t first, int64_t count) const;
   void drop_behind() const;
 
  private:

@@ -50,7 +50,7 @@ class UndecidedStore {
   // A chunk with room for at least a block, replacing `full` (may be null), which is sealed.
   Chunk* next(Chunk* full);
   void seal(Chunk* chunk);
-  std::vector<std::unique_ptr<Chunk>>& chunks() { return chunks_; }
+  const std::vector<std::unique_ptr<Chunk>>& chunks() const { return chunks_; }
   // The chunk's slab; reads it back into the worker's buffer if it was spilled.
   char* open(const Chunk& chunk, Worker& worker) const;
   int64_t rows() const;
