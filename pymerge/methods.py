@@ -233,7 +233,10 @@ def _float32_sum(numbers: Sequence[float]) -> float:
 
 
 def _float32(number: float) -> float:
-    return float(struct.unpack("<f", struct.pack("<f", number))[0])
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", number))[0])
+    except OverflowError:
+        return math.copysign(math.inf, number)
 
 
 def _is_float32(number: float) -> bool:

@@ -31,7 +31,7 @@ LAYERS = (
     ("checkpoint",),
     ("planner", "plan_rule", "plan_checks", "plan_memory"),
     ("backends",),
-    ("run", "tensors", "verify", "diff"),
+    ("run", "options", "operands", "tensors", "verify", "diff"),
     ("integrations",),
     ("api", "info", "demo", "demo_check", "demo_family"),
     ("cli",),

@@ -138,6 +138,10 @@ def test_weights_that_sum_to_zero(
         rule_for(METHODS[name], weights=weights, normalize=normalize)
 
 
+def test_weights_may_sum_to_more_than_float32_holds() -> None:
+    assert rule_for(METHODS["linear"], weights=[3e38, 3e38]).normalize
+
+
 @pytest.mark.parametrize(
     ("name", "densities", "rescale", "number"),
     [

@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         BackendError,
         "out must have shape",
     ),
-    "int out": (lambda: merge_tensors(BASE, EXPERTS, out_dtype=torch.int8), BackendError, "a float"),
+    "int out": (lambda: merge_tensors(BASE, EXPERTS, out_dtype=torch.int8), RecipeError, "a float"),
     "meta out": (lambda: merge_tensors(BASE, EXPERTS, out=BASE.to("meta")), BackendError, "lies on meta"),
     "names": (lambda: merge_tensors({"a": BASE}, [{"b": BASE}]), BackendError, "differ in"),
     "threads": (lambda: merge_tensors(BASE, EXPERTS, threads=0), RecipeError, "threads is 0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,33 +18,39 @@ Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray; the kind's methods 
 class ArrayKind(Protocol):
     """One library's arrays. `span` is the first address and the one past the last, for contiguous arrays."""
 
-    def dtype(self, array: Array) -> DType: ...
+    name: str
+
+    def fault(self, array: Array) -> str | None: ...  # why no backend takes it, as the end of a sentence
+    def out_fault(self, array: Array) -> str | None: ...  # why nothing can be written there
+    def device(self, array: Array) -> str: ...
     def shape(self, array: Array) -> tuple[int, ...]: ...
     def count(self, array: Array) -> int: ...
     def span(self, array: Array) -> tuple[int, int]: ...
     def bounds(self, array: Array) -> tuple[int, int]: ...  # the same for any layout
-    def is_contiguous(self, array: Array) -> bool: ...
     def contiguous(self, array: Array) -> Array: ...
-    def empty(self, like: Array, dtype: DType) -> Array: ...
-    def parse_dtype(self, dtype: object) -> DType: ...
-    def check_place(self, array: Array, label: str) -> None: ...
-    def as_torch(self, array: Array) -> Array: ...
+    def empty(self, like: Array, dtype: DType) -> Array: ...  # of the same shape, on the same device
+    def equal(self, a: Array, b: Array) -> bool: ...
+    def copy(self, source: Array, to: Array) -> None: ...
+    def as_torch(self, array: Array) -> Array: ...  # in the same memory, where it can be written
 
 
-def kind_of(array: object) -> ArrayKind:
-    """The kind `array` is of; BackendError if it is neither torch nor numpy."""
+def kind_of(array: object) -> ArrayKind | None:
+    """The kind `array` is of; None if it is neither torch nor numpy."""
     if isinstance(array, np.ndarray):
         return NUMPY
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        return TORCH
-    raise BackendError(f"expected a torch tensor or a numpy array, found a {type(array).__name__}")
+    return TORCH if torch is not None and isinstance(array, torch.Tensor) else None
 
 
-def _named(name: str) -> DType:
-    if name not in BY_TORCH_NAME:
-        raise BackendError(f"element type {name} is not supported")
-    return BY_TORCH_NAME[name]
+def dtype_of(array: Array) -> DType:
+    """The element type of an array of either kind that has one of ours."""
+    return BY_TORCH_NAME[dtype_name(array.dtype)]
+
+
+@cache
+def dtype_name(dtype: Any) -> str:
+    """The name of a numpy or torch element type; kept, since numpy takes 10 us to put it together."""
+    return str(dtype.name) if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
 def _bounds(start: int, shape: Sequence[int], strides: Sequence[int], item: int) -> tuple[int, int]:
@@ -55,8 +62,21 @@ def _bounds(start: int, shape: Sequence[int], strides: Sequence[int], item: int)
 
 
 class _Numpy:
-    def dtype(self, array: Array) -> DType:
-        return _named(array.dtype.name)
+    name = "numpy.ndarray"
+
+    def fault(self, array: Array) -> str | None:
+        return "is a masked array, whose mask a merge does not know" if np.ma.isMA(array) else None
+
+    def out_fault(self, array: Array) -> str | None:
+        flags = array.flags
+        if not flags.writeable:
+            return "is read-only"
+        if not array.dtype.isnative:
+            return f"has the foreign byte order of {array.dtype.str}"
+        return "must be contiguous and aligned" if not (flags.c_contiguous and flags.aligned) else None
+
+    def device(self, array: Array) -> str:
+        return "cpu"
 
     def shape(self, array: Array) -> tuple[int, ...]:
         return tuple(array.shape)
@@ -71,32 +91,25 @@ class _Numpy:
     def bounds(self, array: Array) -> tuple[int, int]:
         return _bounds(self.span(array)[0], array.shape, array.strides, array.itemsize)
 
-    def is_contiguous(self, array: Array) -> bool:
-        return bool(
-            array.flags.c_contiguous
-            and array.flags.aligned
-            and array.flags.writeable
-            and array.dtype.isnative
-        )
-
     def contiguous(self, array: Array) -> Array:
         native = array.dtype.newbyteorder("=")
-        return np.require(array, dtype=native, requirements=["C", "A"])
+        return np.require(array, dtype=native, requirements=["C", "A", "E"])
 
     def empty(self, like: Array, dtype: DType) -> Array:
         return np.empty(like.shape, dtype=_numpy_dtype(dtype))
 
-    def parse_dtype(self, dtype: object) -> DType:
-        return dtype if isinstance(dtype, DType) else _named(np.dtype(dtype).name)  # type: ignore[call-overload]
+    def equal(self, a: Array, b: Array) -> bool:
+        return np.array_equal(a, b)
 
-    def check_place(self, array: Array, label: str) -> None:
-        pass
+    def copy(self, source: Array, to: Array) -> None:
+        np.copyto(to, source)
 
     def as_torch(self, array: Array) -> Array:
         import torch
 
-        dtype = self.dtype(array)
-        if dtype is DType.BF16:
+        if not array.flags.writeable:
+            array = array.copy()  # torch would warn that it could be written
+        if dtype_of(array) is DType.BF16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
@@ -113,8 +126,25 @@ def _numpy_dtype(dtype: DType) -> np.dtype[Any]:
 
 
 class _Torch:
-    def dtype(self, array: Array) -> DType:
-        return _named(str(array.dtype).removeprefix("torch."))
+    name = "torch.Tensor"
+
+    def fault(self, array: Array) -> str | None:
+        import torch
+
+        if array.layout is not torch.strided or not _lies_in_memory(array):
+            return (
+                f"is a {type(array).__name__} of layout {array.layout} that lies on {array.device};"
+                " expected a dense tensor with memory of its own"
+            )
+        if array.requires_grad and torch.is_grad_enabled():
+            return "requires a gradient, which a merge does not give; use torch.no_grad()"
+        return None
+
+    def out_fault(self, array: Array) -> str | None:
+        return None if array.is_contiguous() and not array.is_neg() else "must be contiguous"
+
+    def device(self, array: Array) -> str:
+        return str(array.device)
 
     def shape(self, array: Array) -> tuple[int, ...]:
         return tuple(array.shape)
@@ -130,34 +160,44 @@ class _Torch:
         item = int(array.element_size())
         return _bounds(int(array.data_ptr()), array.shape, [step * item for step in array.stride()], item)
 
-    def is_contiguous(self, array: Array) -> bool:
-        return bool(array.is_contiguous())
-
     def contiguous(self, array: Array) -> Array:
-        return array.detach().resolve_neg().contiguous()
+        import torch
+
+        return array.detach().as_subclass(torch.Tensor).resolve_neg().contiguous()
 
     def empty(self, like: Array, dtype: DType) -> Array:
         import torch
 
         return torch.empty(like.shape, dtype=getattr(torch, dtype.torch_name), device=like.device)
 
-    def parse_dtype(self, dtype: object) -> DType:
-        return dtype if isinstance(dtype, DType) else _named(str(dtype).removeprefix("torch."))
-
-    def check_place(self, array: Array, label: str) -> None:
+    def equal(self, a: Array, b: Array) -> bool:
         import torch
 
-        if array.layout is not torch.strided:
-            raise BackendError(f"{label} is a {array.layout} tensor; expected a dense one")
-        if array.device.type != "cpu":
-            raise BackendError(f"{label} lies on {array.device}; the cpu backend takes tensors on the CPU")
-        if array.requires_grad and torch.is_grad_enabled():
-            raise BackendError(
-                f"{label} requires a gradient, which a merge does not give; use torch.no_grad()"
-            )
+        return bool(torch.equal(a, b))
+
+    def copy(self, source: Array, to: Array) -> None:
+        import torch
+
+        with torch.inference_mode():  # what was made in that mode can be written in no other
+            self.as_torch(to).copy_(source)
 
     def as_torch(self, array: Array) -> Array:
-        return array.detach()
+        import torch
+
+        return array.detach().as_subclass(torch.Tensor)
+
+
+def _lies_in_memory(array: Array) -> bool:
+    """Whether a strided tensor's elements lie in its storage: not meta, fake, wrapped, nested, freed."""
+    try:
+        storage = array.untyped_storage()
+        if storage.device.type == "meta":
+            return False
+        first, last = TORCH.bounds(array)
+        start = int(storage.data_ptr())
+    except RuntimeError:  # a wrapper without a storage, or without strides
+        return False
+    return first == last or 0 < start <= first < last <= start + int(storage.nbytes())
 
 
 NUMPY: ArrayKind = _Numpy()

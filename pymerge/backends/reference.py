@@ -42,7 +42,7 @@ where nothing is trimmed (density >= 1, or a method without a trim).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: R
         widest = max((ds[k].dtype for ds in deltas), key=lambda dtype: dtype.itemsize)
         flat = torch.cat([deltas[i][k].to(widest) for i in order])
         mask = trim_one("", k, flat, density, rule)
-        ends = torch.tensor([0] + [deltas[i][k].numel() for i in order]).cumsum(0).tolist()
+        ends = accumulate((deltas[i][k].numel() for i in order), initial=0)
         for i, (begin, end) in zip(order, pairwise(ends), strict=True):
             kept[i].append(mask[begin:end])
     return kept
