@@ -1,7 +1,7 @@
 // The width-1 lane: what one CUDA thread, or a processor without vectors, computes with.
 //
 // A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), V::mask_bits(m), V::store_masks,
-// V::copy, + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan, select,
+// + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan, select,
 // add_where, keep_where; for whole groups of kGroup vectors: load_group, store_group, element_mask,
 // group_mask, random_group, pack_group. The formulas of trim.h, elect.h and combine.h are written over any
 // such type.
@@ -22,9 +22,6 @@ struct Scalar {
 
   PM_HD static Scalar set(Work value) { return {value}; }
   PM_HD static uint32_t mask_bits(bool mask) { return mask; }
-  PM_HD static void copy(void* to, const void* from, size_t bytes, bool /*bypass_cache*/) {
-    memcpy(to, from, bytes);
-  }
   PM_HD static void fence() {}  // makes stores that bypassed the cache visible
   PM_HD static void store_masks(uint16_t* field, const bool (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));

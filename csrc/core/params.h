@@ -40,19 +40,10 @@ struct MapBlock {
   const Bits* open_at = nullptr;   // Collect: entries in [open_at, keep_at) are undecided
   const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`
   int64_t* above = nullptr;
-  int64_t* kept = nullptr;    // Collect::all: how many are at or above keep_at
-  int64_t* opened = nullptr;  // how many are undecided
-  bool bypass_cache = false;  // the output is large and will not be read soon
-};
-
-// Undecided positions as a small tensor of their own: one column per input, in block order.
-struct UndecidedColumns {
-  void* base = nullptr;
-  void* const* expert = nullptr;
-  void* provisional = nullptr;   // what the output holds until the threshold is known
-  uint32_t* position = nullptr;  // offset of the element from `origin`
-  int64_t size = 0;
-  uint32_t origin = 0;  // added to the block-relative offset
+  int64_t* kept = nullptr;        // Collect::all: how many are at or above keep_at
+  int64_t* opened = nullptr;      // how many are undecided
+  uint64_t* undecided = nullptr;  // Collect: a zeroed bitmap; positions undecided for any expert are set
+  bool bypass_cache = false;      // the output is large and will not be read soon
 };
 
 }  // namespace pm

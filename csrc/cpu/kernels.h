@@ -7,7 +7,7 @@ namespace pm {
 enum class Isa : int { best = -1, scalar = 0, avx2 = 1, avx512 = 2 };
 
 template <class Work>
-using MapFn = int64_t (*)(const MapParams<Work>&, const MapBlock<Work>&, UndecidedColumns*, void* scratch);
+using MapFn = int64_t (*)(const MapParams<Work>&, const MapBlock<Work>&, void* scratch);
 
 // What selects a map kernel at run time.
 struct MapShape {

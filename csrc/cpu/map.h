@@ -41,10 +41,9 @@ class MapKernel {
   static constexpr bool kCollecting = S::collect != Collect::no;
 
  public:
-  // Returns how many results are NaN.
-  static int64_t run(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open,
-                     void* scratch) {
-    MapKernel k(p, block, open, scratch);
+  // Returns how many results are NaN, the undecided left out.
+  static int64_t run(const MapParams<Work>& p, const MapBlock<Work>& block, void* scratch) {
+    MapKernel k(p, block, scratch);
     const Raw* base = static_cast<const Raw*>(block.base);
     const Raw* const* expert = reinterpret_cast<const Raw* const*>(block.expert);
     Raw* out = static_cast<Raw*>(block.out);
@@ -56,8 +55,7 @@ class MapKernel {
   }
 
  private:
-  MapKernel(const MapParams<Work>& p, const MapBlock<Work>& block, UndecidedColumns* open, void* scratch)
-      : p_(p), b_(block), open_(open) {
+  MapKernel(const MapParams<Work>& p, const MapBlock<Work>& block, void* scratch) : p_(p), b_(block) {
     auto take = [&scratch](size_t bytes) {
       void* piece = scratch;
       scratch = static_cast<char*>(scratch) + (bytes + 63) / 64 * 64;
@@ -147,19 +145,15 @@ class MapKernel {
     V result[kGroup];
     finish(b, mass, result);
     const bool bypass_cache = b_.bypass_cache && count == kElements;
-    if constexpr (kCollecting) {  // by way of the stack: the undecided keep a copy, and `out` may bypass the
-                                  // cache
-      alignas(64) Raw line[kElements];
-      if (store_group<kOrdered>(T{}, line, result, false)) [[unlikely]]
-        count_nan(line, count);
-      V::copy(out, line, sizeof line, bypass_cache);
-      collect(base, expert, line, at, offset);
-    } else {
-      if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]] {
-        Raw line[kElements];
-        store_group<kOrdered>(T{}, line, result, false);
-        count_nan(line, count);
-      }
+    uint64_t undecided = 0;
+    if constexpr (kCollecting) {
+      undecided = collect();
+      b_.undecided[offset / 64] |= undecided << (offset % 64);
+    }
+    if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]] {
+      Raw line[kElements];
+      store_group<kOrdered>(T{}, line, result, false);
+      for (int j = 0; j < count; ++j) nan_ += line[j] == T::nan && !(undecided >> j & 1);
     }
   }
 
@@ -191,17 +185,15 @@ class MapKernel {
     }
   }
 
-  void count_nan(const Raw (&line)[kElements], int count) { nan_ += std::count(line, line + count, T::nan); }
-
-  PM_HD void collect(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], int64_t at,
-                     int64_t offset) {
+  // Counts what is kept and open per expert; returns the positions undecided for any, in element order.
+  PM_HD uint64_t collect() {
     uint64_t any = 0;
     for (int k = 0; k < p_.experts; ++k) {
       uint64_t field[3];
       memcpy(field, fields_ + 3 * kGroup * k, sizeof field);
       const uint64_t kept = field[0], open = field[1] & ~kept;
       any |= open;
-      if (open) b_.opened[k] += __builtin_popcountll(open);
+      b_.opened[k] += __builtin_popcountll(open);
       if constexpr (S::collect == Collect::all) {
         b_.kept[k] += __builtin_popcountll(kept);
         b_.above[k] += __builtin_popcountll(field[2]);
@@ -209,25 +201,11 @@ class MapKernel {
         b_.above[k] += __builtin_popcountll(kept);
       }
     }
-    if (any) append(base, expert, line, element_mask<kOrdered>(T{}, V{}, any), at, offset);
-  }
-
-  void append(const Raw* base, const Raw* const* expert, const Raw (&line)[kElements], uint64_t bits,
-              int64_t at, int64_t offset) {
-    const int64_t size = open_->size;
-    uint32_t position[kElements];
-    for (int j = 0; j < kElements; ++j) position[j] = uint32_t(open_->origin + offset + j);
-    pack_group(V{}, line, bits, static_cast<Raw*>(open_->provisional) + size);
-    pack_group(V{}, position, bits, open_->position + size);
-    pack_group(V{}, base + at, bits, static_cast<Raw*>(open_->base) + size);
-    for (int k = 0; k < p_.experts; ++k)
-      pack_group(V{}, expert[k] + at, bits, static_cast<Raw*>(open_->expert[k]) + size);
-    open_->size = size + __builtin_popcountll(bits);
+    return element_mask<kOrdered>(T{}, V{}, any);
   }
 
   const MapParams<Work>& p_;
   const MapBlock<Work>& b_;
-  UndecidedColumns* open_;
   V* entries_;  // [experts][kGroup] trimmed, weighted task vectors
   Raw* tail_;   // padded copies of a short last group
   const Raw** tail_expert_;

@@ -1,8 +1,9 @@
-// Select: the exact k-th largest key of an array, without moving the array.
+// Select: the exact k-th largest key of an array.
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
 namespace pm {
@@ -18,43 +19,34 @@ struct Cut {
   static constexpr Cut keep_none() { return {~0ull, 0}; }
 };
 
-// Counts keys by their leading bits once, then answers order statistics.
+// Keys with their places, ordered as cuts divide them, so that every rank has one holder.
 template <class Bits>
-class KeyRanks {
+class Ranking {
  public:
-  KeyRanks(const Bits* keys, int64_t size) : keys_(keys), size_(size), bins_(kBins) {
-    for (int64_t i = 0; i < size; ++i) ++bins_[size_t(keys[i] >> kShift)];
+  struct Holder {
+    Bits key;
+    int64_t place;
+  };
+
+  Ranking(const Bits* keys, int64_t size) : entries_(static_cast<size_t>(size)), bounds_{0, size} {
+    for (int64_t i = 0; i < size; ++i) entries_[size_t(i)] = Entry(keys[i]) << 32 | uint32_t(~i);
   }
 
-  // The key of 1-based `rank` in descending order, and how many keys are larger.
-  Bits nth_largest(int64_t rank, int64_t* larger) const {
-    int64_t above = 0;
-    size_t bin = kBins - 1;
-    while (above + int64_t(bins_[bin]) < rank) above += bins_[bin--];
-    std::vector<Bits> inside;
-    inside.reserve(size_t(bins_[bin]));
-    for (int64_t i = 0; i < size_; ++i)
-      if (size_t(keys_[i] >> kShift) == bin) inside.push_back(keys_[i]);
-    const auto nth = inside.begin() + (rank - above - 1);
-    std::nth_element(inside.begin(), nth, inside.end(), std::greater<Bits>());
-    const Bits key = *nth;
-    *larger = above + std::count_if(inside.begin(), inside.end(), [key](Bits b) { return b > key; });
-    return key;
-  }
-
-  // Position in the array of the `nth` (1-based) key equal to `key`.
-  int64_t nth_equal(Bits key, int64_t nth) const {
-    for (int64_t i = 0; i < size_; ++i)
-      if (keys_[i] == key && --nth == 0) return i;
-    return size_;
+  // The holder of 1-based `rank` in descending order. Each answer parts the entries, so later ones look
+  // through only the part that the rank lies in.
+  Holder at(int64_t rank) {
+    const auto above = std::upper_bound(bounds_.begin(), bounds_.end(), rank - 1);
+    const auto first = entries_.begin();
+    std::nth_element(first + *(above - 1), first + rank - 1, first + *above, std::greater<Entry>());
+    bounds_.insert(bounds_.insert(above, rank), rank - 1);
+    const Entry entry = entries_[size_t(rank - 1)];
+    return {Bits(entry >> 32), int64_t(uint32_t(~entry))};
   }
 
  private:
-  static constexpr int kShift = sizeof(Bits) * 8 - 14;  // the sign bit is clear: 13 bits, 32 KiB of counters
-  static constexpr size_t kBins = 8192;
-  const Bits* keys_;
-  int64_t size_;
-  std::vector<uint32_t> bins_;
+  using Entry = std::conditional_t<sizeof(Bits) == 4, uint64_t, unsigned __int128>;
+  std::vector<Entry> entries_;
+  std::vector<int64_t> bounds_;  // ranks at which the entries are parted already
 };
 
 }  // namespace pm

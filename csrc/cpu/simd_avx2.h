@@ -29,13 +29,6 @@ struct Avx2 {
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
   PM_HD static void fence() { _mm_sfence(); }
-  PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
-    for (size_t at = 0; at < bytes; at += 32) {
-      const __m256i half =
-          _mm256_load_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + at));
-      store_half_line(static_cast<char*>(to) + at, half, bypass_cache);
-    }
-  }
   PM_HD static void store_masks(uint16_t* field, const Mask (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
   }

@@ -23,12 +23,6 @@ struct Avx512 {
   PM_HD static Avx512 set(float value) { return {_mm512_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(__mmask16 m) { return m; }
   PM_HD static void fence() { _mm_sfence(); }
-  PM_HD static void copy(void* to, const void* from, size_t bytes, bool bypass_cache) {
-    for (size_t at = 0; at < bytes; at += 64) {
-      const __m512i line = _mm512_load_si512(static_cast<const char*>(from) + at);
-      store_line(static_cast<char*>(to) + at, line, bypass_cache);
-    }
-  }
   // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions
   // for 4.
   PM_HD static void store_masks(uint16_t* field, const __mmask16 (&m)[kGroup]) {
@@ -194,12 +188,6 @@ PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
   for (int g = 0; g < kGroup; ++g) keep[g] = __mmask16(bits >> (16 * g));
 }
 
-PM_HD void pack_group(Avx512, const uint16_t* from, uint64_t bits, uint16_t* to) {
-  const __mmask32 low = uint32_t(bits), high = uint32_t(bits >> 32);
-  _mm512_storeu_si512(to, _mm512_maskz_compress_epi16(low, _mm512_loadu_si512(from)));
-  _mm512_storeu_si512(to + _mm_popcnt_u32(low),
-                      _mm512_maskz_compress_epi16(high, _mm512_loadu_si512(from + 32)));
-}
 PM_HD void pack_group(Avx512, const uint32_t* from, uint64_t bits, uint32_t* to) {
   for (int g = 0; g < kGroup; ++g) {
     const __mmask16 m = __mmask16(bits >> (16 * g));

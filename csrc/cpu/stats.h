@@ -101,7 +101,8 @@ class StatsKernel {
 
   PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
     memcpy(bits, d, sizeof bits);
-    for (int j = 0; j < kElements; ++j) bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
+    for (int j = 0; j < kElements; ++j)
+      bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
   }
   PM_HD static void group_magnitudes(const V (&d)[kGroup], Work (&value)[kElements]) {
     Bits bits[kElements];

@@ -10,7 +10,7 @@ namespace pm {
 namespace {
 
 // Per expert. The sample serves only the first round of the stream, so a rough one will do.
-constexpr int64_t kMostSamples = 1 << 15;
+constexpr int64_t kMostSamples = 1 << 14;
 
 struct Samples {
   int64_t clusters, length;     // `length` neighbours are read together
@@ -35,14 +35,6 @@ Samples choose_samples(const Group<Work>& group) {
     s.start.push_back(uint64_t(c) * stratum + scatter(uint64_t(c)) % room / 32 * 32);
   }
   return s;
-}
-
-template <class Bits>
-Cut cut_at_rank(const KeyRanks<Bits>& ranks, const Samples& samples, int64_t rank, bool all_ties) {
-  int64_t larger;
-  const Bits key = ranks.nth_largest(rank, &larger);
-  if (all_ties) return {key, Cut::kAllIndices};
-  return {key, samples.index(ranks.nth_equal(key, rank - larger)) + 1};
 }
 
 // Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`. Elements
@@ -107,16 +99,18 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     Cut &low = bracket.low[size_t(k)], &high = bracket.high[size_t(k)];
     low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
     if (kept <= 0) return;
-    const KeyRanks<Bits> ranks(keys[size_t(k)].data(), total);
+    Ranking<Bits> ranking(keys[size_t(k)].data(), total);
+    auto cut_at = [&](int64_t rank) -> Cut {
+      const auto [key, place] = ranking.at(rank);
+      return {key, all_ties ? Cut::kAllIndices : samples.index(place) + 1};
+    };
     const double share = double(kept) / double(group.size) + settings.bracket_bias;
     const double centre = std::clamp(share * double(total), 1.0, double(total));
-    int64_t larger;
-    const Bits middle = ranks.nth_largest(int64_t(centre), &larger);
-    const int64_t last = ranks.nth_equal(middle, int64_t(centre) - larger);
+    const auto [middle, last] = ranking.at(int64_t(centre));
     const double half = settings.sigmas * rank_error(keys[size_t(k)].data(), samples, middle, last) + 1;
     const auto high_rank = int64_t(std::floor(centre - half)), low_rank = int64_t(std::ceil(centre + half));
-    high = high_rank < 1 ? Cut::keep_none() : cut_at_rank(ranks, samples, high_rank, all_ties);
-    low = low_rank > total ? Cut::keep_all() : cut_at_rank(ranks, samples, low_rank, all_ties);
+    high = high_rank < 1 ? Cut::keep_none() : cut_at(high_rank);
+    low = low_rank > total ? Cut::keep_all() : cut_at(low_rank);
     // Zero task vectors never count, so no bracket needs to reach below the smallest magnitude.
     if (low.magnitude == 0) low = {1, Cut::kAllIndices};
     if (high.magnitude == 0) high = {1, Cut::kAllIndices};

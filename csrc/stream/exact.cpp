@@ -105,8 +105,8 @@ class ExactSearch {
       std::vector<Bits> keys(static_cast<size_t>(piece.count));
       group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)],
                                 piece.count, keys.data());
-      const KeyRanks<Bits> ranks(keys.data(), piece.count);
-      const int64_t last = ranks.nth_equal(Bits(searches_[s].prefix), rank);
+      int64_t last = -1;
+      while (rank > 0) rank -= keys[size_t(++last)] == searches_[s].prefix;
       cuts_[size_t(searches_[s].expert)].index = group_.flat(piece.tensor, piece.first + last) + 1;
     }
   }

@@ -1,38 +1,9 @@
-// The last step of a one-pass merge: the few positions whose fate the thresholds decided.
+// The last step of a one-pass merge: the few positions whose fate the thresholds decide.
 #include "merge.h"
 
 namespace pm {
 
 namespace {
-
-void replace_changed(RunContext& run, Worker& worker, const JobView& view, const Span& span,
-                     uint32_t* position, char* before, char* fresh, int64_t fresh_nan) {
-  const int64_t rows = span.end - span.begin;
-  int64_t changed = 0, nan_before = 0;
-  auto compact = [&]<class T>(T) {
-    using Raw = typename T::Raw;
-    const auto* was = reinterpret_cast<const Raw*>(before);
-    auto* now = reinterpret_cast<Raw*>(fresh);
-    for (int64_t i = 0; i < rows; ++i) {
-      const uint32_t place = position[i];
-      nan_before += was[i] == T::nan;
-      now[changed] = now[i];
-      position[changed] = place;
-      changed += now[i] != was[i];
-    }
-  };
-  switch (view.kernel_dtype()) {
-    case DType::bf16: compact(BF16{}); break;
-    case DType::f16: compact(F16{}); break;
-    case DType::f32: compact(F32{}); break;
-    case DType::f64: compact(F64{}); break;
-  }
-  run.report.nan += fresh_nan - nan_before;
-  if (!changed) return;
-  const uint32_t first = position[0], last = position[changed - 1];
-  for (int64_t i = 0; i < changed; ++i) position[i] -= first;
-  view.patch(worker, span.origin + first, int64_t(last - first) + 1, position, fresh, changed);
-}
 
 template <class Work>
 void fix_up_span(const Group<Work>& group, Worker& worker, const ChunkLayout& layout, char* slab,
@@ -67,16 +38,19 @@ void fix_up_span(const Group<Work>& group, Worker& worker, const ChunkLayout& la
     block.out = fresh + (row - span.begin) * int64_t(item);
     block.count = stop - row;
     block.keep_at = keep.data();
-    nan += kernel(params.block, block, nullptr, scratch);
+    nan += kernel(params.block, block, scratch);
     row = stop;
   }
-  char* before = layout.provisional(slab) + span.begin * int64_t(item);
-  replace_changed(group.run(), worker, view, span, position + span.begin, before, fresh, nan);
+  group.run().report.nan += nan;
+  const uint32_t first = position[span.begin], last = position[span.end - 1];
+  for (int64_t row = span.begin; row < span.end; ++row) position[row] -= first;
+  view.patch(worker, span.origin + first, int64_t(last - first) + 1, position + span.begin, fresh,
+             span.end - span.begin);
 }
 
 }  // namespace
 
-// Maps the undecided again, now with the exact cuts, and replaces the results that changed.
+// Maps the undecided again, now with the exact cuts, and replaces their results.
 template <class Work>
 void fix_up(const Group<Work>& group, Crew& crew, UndecidedStore& store, const std::vector<Cut>& cuts,
             const std::vector<TensorParams<Work>>& params) {

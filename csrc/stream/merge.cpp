@@ -92,16 +92,14 @@ class GroupMerge {
     }
     for (int k = 0; k < experts; ++k) {
       if (group_.kept(k) <= 0) continue;
-      const KeyRanks<Bits> ranks(keys[size_t(k)].data(), int64_t(group_.size));
-      int64_t larger;
-      const Bits key = ranks.nth_largest(group_.kept(k), &larger);
-      const uint64_t last = uint64_t(ranks.nth_equal(key, group_.kept(k) - larger));
-      cuts[size_t(k)] = {key, rule_.all_ties ? Cut::kAllIndices : last + 1};
+      const auto [key, last] = Ranking<Bits>(keys[size_t(k)].data(), int64_t(group_.size)).at(group_.kept(k));
+      cuts[size_t(k)] = {key, rule_.all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
     }
     return cuts;
   }
 
-  // Reads every input once; writes the output as if the undecided were trimmed. Closes the bracket on the way.
+  // Reads every input once; writes the output as if the undecided were trimmed. Closes the bracket on the
+  // way.
   Counts stream(UndecidedStore& store, Bracket* bracket) {
     const int experts = group_.experts();
     const int64_t tile = stream_tile();
@@ -193,7 +191,7 @@ class GroupMerge {
       }
       for (int64_t at = begin; at < begin + size; at += UndecidedStore::kBlock) {
         const int64_t n = std::min(UndecidedStore::kBlock, begin + size - at);
-        if (!*chunk || (*chunk)->size + UndecidedStore::kBlock + kMaxGroup > store.layout().rows) {
+        if (!*chunk || (*chunk)->size + UndecidedStore::kBlock > store.layout().rows) {
           *chunk = store.next(*chunk);
           new_span = true;
         }
@@ -205,23 +203,12 @@ class GroupMerge {
         block.keep_at = keep.data(), block.open_at = open.data(), block.count_at = count.data();
         block.above = counts->above.data(), block.kept = counts->kept.data(),
         block.opened = counts->opened.data();
-        nan += append_undecided(kernel, params, block, store.layout(), *chunk, at, worker, scratch);
+        uint64_t undecided[UndecidedStore::kBlock / 64] = {};
+        block.undecided = undecided;
+        nan += kernel(params, block, scratch);
+        store.append(*chunk, worker.tile, at, undecided);
       }
     });
-    return nan;
-  }
-
-  int64_t append_undecided(MapFn<Work> kernel, const MapParams<Work>& params, const MapBlock<Work>& block,
-                           const ChunkLayout& layout, Chunk* chunk, int64_t at, Worker& worker,
-                           void* scratch) {
-    UndecidedColumns columns;
-    worker.column_expert.resize(size_t(params.experts));
-    for (int k = 0; k < params.experts; ++k) worker.column_expert[size_t(k)] = layout.expert(chunk->slab, k);
-    columns.base = layout.base(chunk->slab), columns.expert = worker.column_expert.data();
-    columns.provisional = layout.provisional(chunk->slab), columns.position = layout.position(chunk->slab);
-    columns.size = chunk->size, columns.origin = uint32_t(at);
-    const int64_t nan = kernel(params, block, &columns, scratch);
-    chunk->size = chunk->spans.back().end = columns.size;
     return nan;
   }
 
@@ -243,7 +230,7 @@ class GroupMerge {
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
         block.index = uint64_t(piece.first + begin);
         block.keep_at = keep.data();
-        run_.report.nan += kernel(params_[piece.tensor].block, block, nullptr, scratch);
+        run_.report.nan += kernel(params_[piece.tensor].block, block, scratch);
       });
       view.store(worker, piece.first, piece.count, out);
     });

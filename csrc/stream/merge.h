@@ -30,7 +30,7 @@ template <class Work>
 bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& store, const Bracket& bracket,
                  const Counts& counts, std::vector<Cut>* cuts);
 
-// Maps the undecided again, now with the exact cuts, and replaces the results that changed.
+// Maps the undecided again, now with the exact cuts, and replaces their results.
 template <class Work>
 void fix_up(const Group<Work>& group, Crew& crew, UndecidedStore& store, const std::vector<Cut>& cuts,
             const std::vector<TensorParams<Work>>& params);

@@ -26,9 +26,7 @@ class Rounds {
   int count() const { return depth_ + 1; }
   int64_t pieces() const { return pieces_; }
   // Places of a round; a few at the end may hold no piece.
-  int64_t places(int round) const {
-    return round == 0 ? blocks(depth_) : 3 * blocks(depth_ - round + 1);
-  }
+  int64_t places(int round) const { return round == 0 ? blocks(depth_) : 3 * blocks(depth_ - round + 1); }
   // The piece at a place, ascending within the round; at least pieces() if there is none.
   int64_t piece(int round, int64_t place) const {
     int level = depth_;

@@ -45,7 +45,7 @@ bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& sto
     }
   }
   std::vector<int> expert;
-  for (const Search& s : searches) expert.push_back(s.expert);
+  for (const Search& s : searches) expert.push_back(s.range.expert);
   const std::vector<Placed> found = selection.find(std::move(searches));
   for (size_t i = 0; i < found.size(); ++i) (*cuts)[size_t(expert[i])] = found[i].cut;
   if (group.rule().all_ties)

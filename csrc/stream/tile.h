@@ -35,7 +35,6 @@ struct Worker {
   Buffer raw, wide, cast, result, narrowed, scratch, chunk, held;
   Tile tile;
   std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
-  std::vector<void*> column_expert;
 };
 
 // Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the

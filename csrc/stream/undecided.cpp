@@ -10,14 +10,8 @@
 
 namespace pm {
 
-namespace {
-
-constexpr int64_t kSlack = kMaxGroup;  // packing may write a group past the last row
-
-}  // namespace
-
 ChunkLayout::ChunkLayout(int experts, int item) : experts(experts), item(item), rows(0) {
-  rows = std::max(int64_t(SlabPool::kBytes) / row_bytes(), 2 * (UndecidedStore::kBlock + kSlack)) / 64 * 64;
+  rows = std::max(int64_t(SlabPool::kBytes) / row_bytes(), 2 * UndecidedStore::kBlock) / 64 * 64;
 }
 
 UndecidedStore::UndecidedStore(RunContext& run, int experts, int item) : run_(run), layout_(experts, item) {}
@@ -64,6 +58,27 @@ Chunk* UndecidedStore::next(Chunk* full) {
 void UndecidedStore::seal(Chunk* chunk) {
   std::lock_guard lock(mutex_);
   chunk->sealed = true;
+}
+
+void UndecidedStore::append(Chunk* chunk, const Tile& tile, int64_t first, const uint64_t* undecided) const {
+  uint32_t* const position = layout_.position(chunk->slab) + chunk->size;
+  int64_t count = 0;
+  for (int64_t word = 0; word < kBlock / 64; ++word)
+    for (uint64_t bits = undecided[word]; bits; bits &= bits - 1)
+      position[count++] = uint32_t(first + 64 * word + __builtin_ctzll(bits));
+  if (!count) return;
+  auto gather =
+      [&]<class Raw>(Raw) {  // column by column: one stream out, and the block is still in the cache
+        auto column = [&](const void* from, char* to) {
+          for (int64_t i = 0; i < count; ++i)
+            reinterpret_cast<Raw*>(to)[chunk->size + i] = static_cast<const Raw*>(from)[position[i]];
+        };
+        column(tile.base, layout_.base(chunk->slab));
+        for (int k = 0; k < layout_.experts; ++k)
+          column(tile.expert[size_t(k)], layout_.expert(chunk->slab, k));
+      };
+  layout_.item == 2 ? gather(uint16_t{}) : layout_.item == 4 ? gather(uint32_t{}) : gather(uint64_t{});
+  chunk->size = chunk->spans.back().end = chunk->size + count;
 }
 
 char* UndecidedStore::open(const Chunk& chunk, Worker& worker) const {

@@ -1,5 +1,5 @@
 // The undecided positions of a one-pass merge, kept as small tensors of their own ("chunks"): for each
-// position the raw inputs, the provisional result and where it belongs. They are mapped again, by the same
+// position the raw inputs and where the result belongs. They are mapped again, by the same
 // kernel, once the thresholds are known, so no input is ever read a second time for them.
 #pragma once
 #include <mutex>
@@ -31,10 +31,9 @@ struct ChunkLayout {
 
   ChunkLayout(int experts, int item);
   int64_t slab_bytes() const { return (rows * row_bytes() + 4095) / 4096 * 4096; }
-  int64_t row_bytes() const { return int64_t(experts + 2) * item + 4; }
+  int64_t row_bytes() const { return int64_t(experts + 1) * item + 4; }
   char* base(char* slab) const { return slab + rows * 4; }
   char* expert(char* slab, int k) const { return base(slab) + (k + 1) * rows * item; }
-  char* provisional(char* slab) const { return base(slab) + int64_t(experts + 1) * rows * item; }
   uint32_t* position(char* slab) const { return reinterpret_cast<uint32_t*>(slab); }
 };
 
@@ -50,12 +49,15 @@ class UndecidedStore {
   // A chunk with room for at least a block, replacing `full` (may be null), which is sealed.
   Chunk* next(Chunk* full);
   void seal(Chunk* chunk);
+  // Appends the rows of `tile` from `first` whose bits are set in `undecided`, a bitmap of kBlock bits; they
+  // belong to the chunk's last span.
+  void append(Chunk* chunk, const Tile& tile, int64_t first, const uint64_t* undecided) const;
   const std::vector<std::unique_ptr<Chunk>>& chunks() const { return chunks_; }
   // The chunk's slab; reads it back into the worker's buffer if it was spilled.
   char* open(const Chunk& chunk, Worker& worker) const;
   int64_t rows() const;
 
-  static constexpr int64_t kBlock = 2048;  // a kernel call never appends more rows than this
+  static constexpr int64_t kBlock = 2048;  // rows of a bitmap: no more are appended at once
 
  private:
   char* allocate() const;
