@@ -22,7 +22,6 @@ struct Scalar {
 
   PM_HD static Scalar set(Work value) { return {value}; }
   PM_HD static uint32_t mask_bits(bool mask) { return mask; }
-  PM_HD static void fence() {}  // makes stores that bypassed the cache visible
   PM_HD static void store_masks(uint16_t* field, const bool (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
   }

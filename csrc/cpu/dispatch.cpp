@@ -7,6 +7,12 @@
 
 namespace pm {
 
+void publish_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 bool isa_available(Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::avx512)

@@ -57,6 +57,9 @@ const IsaKernels& isa_kernels(Isa isa);
 template <class Work>
 const KernelSet<Work>& kernel_set(Isa isa, DType dtype);
 
+// Makes results that bypassed the cache visible to other threads.
+void publish_stores();
+
 // Element conversion between any two storage types, through the wider working type.
 void convert(Isa isa, DType from, DType to, const void* source, void* target, int64_t count);
 

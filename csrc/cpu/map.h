@@ -50,7 +50,6 @@ class MapKernel {
     int64_t at = 0;
     for (; at + kElements <= block.count; at += kElements) k.group(base, expert, out + at, at, at, kElements);
     if (at < block.count) k.tail(base, expert, out + at, at, int(block.count - at));
-    if (block.bypass_cache) V::fence();
     return k.nan_;
   }
 
@@ -145,16 +144,20 @@ class MapKernel {
     V result[kGroup];
     finish(b, mass, result);
     const bool bypass_cache = b_.bypass_cache && count == kElements;
+    if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]]
+      count_nan(result, count);
+    if constexpr (kCollecting) collect(offset);
+  }
+
+  void count_nan(const V (&result)[kGroup], int count) {
+    Raw line[kElements];
+    store_group<kOrdered>(T{}, line, result, false);
     uint64_t undecided = 0;
     if constexpr (kCollecting) {
-      undecided = collect();
-      b_.undecided[offset / 64] |= undecided << (offset % 64);
+      for (int k = 0; k < p_.experts; ++k) undecided |= open_bits(k);
+      undecided = element_mask<kOrdered>(T{}, V{}, undecided);
     }
-    if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]] {
-      Raw line[kElements];
-      store_group<kOrdered>(T{}, line, result, false);
-      for (int j = 0; j < count; ++j) nan_ += line[j] == T::nan && !(undecided >> j & 1);
-    }
+    for (int j = 0; j < count; ++j) nan_ += line[j] == T::nan && !(undecided >> j & 1);
   }
 
   PM_HD void finish(const V (&b)[kGroup], const V (&mass)[kGroup], V (&result)[kGroup]) {
@@ -185,23 +188,28 @@ class MapKernel {
     }
   }
 
-  // Counts what is kept and open per expert; returns the positions undecided for any, in element order.
-  PM_HD uint64_t collect() {
+  uint64_t load_field(int k, int which) const {
+    uint64_t field;
+    memcpy(&field, fields_ + (3 * k + which) * kGroup, sizeof field);
+    return field;
+  }
+  uint64_t open_bits(int k) const { return load_field(k, 1) & ~load_field(k, 0); }
+
+  // Counts what is kept and open per expert, and notes the positions that are undecided for any.
+  PM_HD void collect(int64_t offset) {
     uint64_t any = 0;
     for (int k = 0; k < p_.experts; ++k) {
-      uint64_t field[3];
-      memcpy(field, fields_ + 3 * kGroup * k, sizeof field);
-      const uint64_t kept = field[0], open = field[1] & ~kept;
+      const uint64_t kept = load_field(k, 0), open = open_bits(k);
       any |= open;
       b_.opened[k] += __builtin_popcountll(open);
       if constexpr (S::collect == Collect::all) {
         b_.kept[k] += __builtin_popcountll(kept);
-        b_.above[k] += __builtin_popcountll(field[2]);
+        b_.above[k] += __builtin_popcountll(load_field(k, 2));
       } else {
         b_.above[k] += __builtin_popcountll(kept);
       }
     }
-    return element_mask<kOrdered>(T{}, V{}, any);
+    b_.undecided[offset / 64] |= element_mask<kOrdered>(T{}, V{}, any) << (offset % 64);
   }
 
   const MapParams<Work>& p_;
@@ -209,7 +217,9 @@ class MapKernel {
   V* entries_;  // [experts][kGroup] trimmed, weighted task vectors
   Raw* tail_;   // padded copies of a short last group
   const Raw** tail_expert_;
-  uint16_t* fields_;  // [experts][3][kGroup] masks: kept, open or kept, counted
+  uint16_t*
+      fields_[2];  // this group's, the last one's [experts][3][kGroup] masks: kept, open or kept, counted
+  int64_t pending_ = -1;  // offset of the group whose masks are not counted yet
   int64_t nan_ = 0;
 };
 

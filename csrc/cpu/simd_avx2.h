@@ -28,7 +28,6 @@ struct Avx2 {
   };
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
-  PM_HD static void fence() { _mm_sfence(); }
   PM_HD static void store_masks(uint16_t* field, const Mask (&m)[kGroup]) {
     for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
   }

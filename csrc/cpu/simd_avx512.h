@@ -22,7 +22,6 @@ struct Avx512 {
 
   PM_HD static Avx512 set(float value) { return {_mm512_set1_ps(value)}; }
   PM_HD static uint32_t mask_bits(__mmask16 m) { return m; }
-  PM_HD static void fence() { _mm_sfence(); }
   // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions
   // for 4.
   PM_HD static void store_masks(uint16_t* field, const __mmask16 (&m)[kGroup]) {

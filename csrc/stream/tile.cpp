@@ -157,7 +157,7 @@ bool JobView::bypass_cache(const void* result, int64_t count) const {
 
 void JobView::store(Worker& worker, int64_t first, int64_t count, const void* result) const {
   void* address = output_address(first);
-  if (direct_ && address == result) return;
+  if (direct_ && address == result) return publish_stores();
   const void* source = result;
   if (!direct_) {
     void* to = address ? address : worker.narrowed.reserve(size_t(count) * size_t(job_->out.item));
