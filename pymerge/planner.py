@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pymerge.checkpoint.header import TensorEntry
-from pymerge.checkpoint.index import open_checkpoint
+from pymerge.checkpoint.index import Shard, open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
@@ -35,7 +35,7 @@ class Plan:
     """Everything about one merge that headers can tell.
 
     `inputs`: the base first (where the method has one), then the experts in recipe order.
-    `files`: all input shards; output shard i has the number `len(files) + i` in the jobs' regions.
+    `shards`: all input files by number; output file i has the number `len(shards) + i` in the jobs' regions.
     `donor`: the checkpoint folder whose configuration and tokenizer go with the output.
     `notes`: what the recipe gives and the method does not use, one sentence each.
     """
@@ -47,7 +47,7 @@ class Plan:
     out_dtype: DType | None
     inputs: tuple[Input, ...]
     donor: Path
-    files: tuple[Path, ...]
+    shards: tuple[Shard, ...]
     layouts: tuple[ShardLayout, ...]
     jobs: tuple[tuple[TensorJob, ...], ...]
     bytes_read: int
@@ -79,13 +79,6 @@ class Plan:
         """Number of output elements."""
         return sum(job.count for shard in self.jobs for job in shard)
 
-    def input_of(self, file: int) -> Input:
-        """The input that file number `file` belongs to."""
-        for source in self.inputs:
-            if file < source.first_file + len(source.checkpoint.shards):
-                return source
-        raise IndexError(file)
-
     def digest(self) -> dict[str, object]:
         """What a resumed run must have in common with the run before; JSON-ready. Not the threads."""
         return {
@@ -95,8 +88,7 @@ class Plan:
             "out_dtype": self.out_dtype.torch_name if self.out_dtype else None,
             "inputs": {
                 str(shard.path): [shard.header.digest, shard.header.file_size, shard.header.mtime_ns]
-                for source in self.inputs
-                for shard in source.checkpoint.shards
+                for shard in self.shards
             },
             "outputs": {layout.file_name: layout.size for layout in self.layouts},
         }
@@ -165,8 +157,8 @@ def make_plan(
 
     out_dtype = dtype or recipe.out_dtype or recipe.dtype
     layouts = lay_out(_outputs(inputs, names, out_dtype), max_shard_bytes)
-    files = tuple(shard.path for source in inputs for shard in source.checkpoint.shards)
-    jobs = _jobs(inputs, layouts, len(files), rule, recipe.dtype)
+    shards = tuple(shard for source in inputs for shard in source.checkpoint.shards)
+    jobs = _jobs(inputs, layouts, len(shards), rule, recipe.dtype)
     written = sum(layout.size for layout in layouts)
     if out is not None and written > (free := free_bytes(out)):
         raise ProblemList([f"{out} needs {written:,} bytes of disk space, {free:,} are free"])
@@ -178,7 +170,7 @@ def make_plan(
         out_dtype=out_dtype,
         inputs=tuple(inputs),
         donor=donor_path(recipe),
-        files=files,
+        shards=shards,
         layouts=layouts,
         jobs=jobs,
         bytes_read=sum(bytes_read_by(shard, passes(rule)) for shard in jobs),

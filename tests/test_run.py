@@ -239,6 +239,24 @@ class Endless:
         self.cancelled.set()
 
 
+def test_a_shard_opens_only_the_files_that_it_needs(tmp_path: Path) -> None:
+    """The work must grow with the shards, not with their square."""
+    shapes = {f"t{number:02}": (4,) for number in range(40)}
+    for seed, name in enumerate(("base", "one", "two")):
+        write_checkpoint(tmp_path / name, seed, shapes=shapes, shards=40)
+    plan = make_plan(
+        parse_recipe(recipe_text("linear", ["one", "two"], "base"), tmp_path), None, max_shard_bytes=8
+    )
+    given: list[int] = []
+
+    def start(jobs: Sequence[TensorJob], scope: Scope, files: Sequence[OpenFile], how: Settings) -> NativeRun:
+        given.append(len(files))
+        return NativeRun(jobs, scope, files, how)
+
+    execute_plan(plan, tmp_path / "out", Settings(), start=start)
+    assert given == [2 + 1] * 40
+
+
 def test_an_interrupt_cancels_and_keeps_the_staging_folder(family: Path) -> None:
     class Impatient:
         def begin(self, total: int) -> None:
