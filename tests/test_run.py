@@ -142,6 +142,8 @@ def test_a_resumed_run_gives_the_same_files(
     monkeypatch.setattr(fake, "calls", 10)
     summary = execute_plan(plan, family / "out", Settings(), start=fake)
     assert summary.shards_resumed == (1 if scope == "tensor" else 0)
+    resumed = f"resumed: 1 of {shards} files were finished already"
+    assert (resumed in summary.describe()) == (scope == "tensor")
     assert fake.calls - 10 == (shards - 1 if scope == "tensor" else 1)
     one, other = hashes(family / "out"), hashes(family / "whole")
     # The card's title is the output's name.
@@ -212,7 +214,7 @@ def test_an_input_that_changed_after_planning(family: Path) -> None:
     ):
         execute_plan(plan, family / "out", Settings())
     path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be opened: No such file"):
+    with pytest.raises(CheckpointError, match=rf"{path.name}: the file does not exist"):
         execute_plan(plan, family / "out", Settings())
     assert not (family / "out.partial").exists()
 

@@ -16,10 +16,11 @@ from typing import Any, TypeAlias
 
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
 from pymerge.checkpoint.durable import writing
-from pymerge.checkpoint.header import Header, shown_path
+from pymerge.checkpoint.header import Header
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.errors import CheckpointError
+from pymerge.files import open_regular
 from pymerge.job import TensorJob
 from pymerge.planner import Plan, bytes_read_by
 from pymerge.rule import Scope, Trim
@@ -251,10 +252,7 @@ def _open_files(
 
 
 def _open_input(path: Path, header: Header) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)} cannot be opened: {error.strerror}") from error
+    fd = open_regular(path)
     try:
         _check_unchanged(fd, path, header)
     except CheckpointError:
@@ -270,7 +268,7 @@ def _check_unchanged(fd: int, path: Path, header: Header) -> None:
     what = (
         f"it has {state.st_size:,} bytes, expected {size:,}" if state.st_size != size else "its time differs"
     )
-    raise CheckpointError(f"{shown_path(path)} was changed after the merge was planned: {what}")
+    raise CheckpointError(f"{path} was changed after the merge was planned: {what}")
 
 
 def _raise_file_limit() -> None:
