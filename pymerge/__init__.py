@@ -3,29 +3,59 @@
 merge(recipe, out)          checkpoints on disk into a new checkpoint
 plan(recipe)                what that would do, from headers alone
 merge_tensors(base, experts) tensors in memory
+load_recipe, parse_recipe   a Recipe from a file or from text, for merge and plan
 
 Nothing is imported before it is used: `import pymerge` needs neither numpy nor torch.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
-
 from pymerge.version import VERSION as __version__
+
+TYPE_CHECKING = False  # not typing's: the sooner the command runs, the sooner it can be interrupted quietly
 
 if TYPE_CHECKING:
     from pymerge.api import merge, plan
+    from pymerge.dtypes import DType
+    from pymerge.errors import PymergeError
+    from pymerge.planner import Plan
+    from pymerge.recipe import Recipe, load_recipe, parse_recipe
+    from pymerge.run.results import Summary
     from pymerge.tensors import merge_tensors
 
-__all__ = ["__version__", "merge", "merge_tensors", "plan"]
+__all__ = [
+    "DType",
+    "Plan",
+    "PymergeError",
+    "Recipe",
+    "Summary",
+    "__version__",
+    "load_recipe",
+    "merge",
+    "merge_tensors",
+    "parse_recipe",
+    "plan",
+]
 
-_HOMES = {"merge": "pymerge.api", "plan": "pymerge.api", "merge_tensors": "pymerge.tensors"}
+_HOMES = {
+    "DType": "pymerge.dtypes",
+    "Plan": "pymerge.planner",
+    "PymergeError": "pymerge.errors",
+    "Recipe": "pymerge.recipe",
+    "Summary": "pymerge.run.results",
+    "load_recipe": "pymerge.recipe",
+    "merge": "pymerge.api",
+    "merge_tensors": "pymerge.tensors",
+    "parse_recipe": "pymerge.recipe",
+    "plan": "pymerge.api",
+}
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'pymerge' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -10,7 +10,7 @@ from pymerge.dtypes import DType
 from pymerge.errors import PymergeError
 from pymerge.parameters import merging_dtype
 from pymerge.planner import Plan, make_plan
-from pymerge.recipe import Recipe, load_recipe, parse_recipe
+from pymerge.recipe import Draft, Recipe, load_draft, parse_draft
 from pymerge.run.results import Summary
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -27,14 +27,14 @@ def plan(
 
     `recipe`: a file's path, recipe YAML (text of several lines) or a Recipe. `out`: checked too when given.
     `max_shard_size`: bytes, or text such as "5GB". `dtype`: element type of the output, before the recipe's.
-    Raises PymergeError; a ProblemList holds every problem that headers show.
+    Raises PymergeError; a ProblemList holds every problem that recipe and headers show.
     """
     size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     if size < 1:
         raise PymergeError(f"a shard must hold at least one byte, not {size}")
     folder = None if out is None else Path(out)
     wanted = merging_dtype(dtype) if isinstance(dtype, str) else dtype
-    return make_plan(_recipe(recipe), folder, max_shard_bytes=size, dtype=wanted)
+    return make_plan(_draft(recipe), folder, max_shard_bytes=size, dtype=wanted)
 
 
 def merge(
@@ -66,9 +66,9 @@ def merge(
         return execute_plan(planned, Path(out), settings, bar)
 
 
-def _recipe(recipe: Recipe | Path | str) -> Recipe:
+def _draft(recipe: Recipe | Path | str) -> Draft:
     if isinstance(recipe, Recipe):
-        return recipe
+        return Draft(recipe)
     if isinstance(recipe, str) and "\n" in recipe:
-        return parse_recipe(recipe, Path.cwd())
-    return load_recipe(Path(recipe))
+        return parse_draft(recipe, Path.cwd())
+    return load_draft(Path(recipe))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from pymerge.errors import ProblemList, PymergeError
+from pymerge.text import printable
 from pymerge.version import VERSION
 
 if TYPE_CHECKING:
@@ -20,7 +24,10 @@ if TYPE_CHECKING:
 EXIT_DIFFERENT = 1
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
+
+LARGEST_TILE = 1 << 24  # elements; every thread holds one of each input
 
 _PATH = click.Path(path_type=Path)
 
@@ -35,33 +42,72 @@ class Stopped(BaseException):
 class _Group(click.Group):
     """Turns the program's own errors into a sentence on stderr and an exit code, without a traceback."""
 
+    def make_context(self, *given: Any, **extra: Any) -> click.Context:
+        with _clean_usage():
+            return super().make_context(*given, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         before = {number: signal.signal(number, _stop) for number in _STOPPING}
         try:
-            return super().invoke(ctx)
-        except ProblemList as error:
-            for problem in error.problems:
-                click.echo(f"pymerge: {problem}", err=True)
-            ctx.exit(EXIT_ERROR)
-        except PymergeError as error:
-            click.echo(f"pymerge: {error}", err=True)
-            ctx.exit(EXIT_ERROR)
-        except OSError as error:
-            what = f"{error.filename}: " if error.filename is not None else ""
-            click.echo(f"pymerge: {what}{error.strerror or error}", err=True)
-            ctx.exit(EXIT_ERROR)
-        except MemoryError:
-            click.echo("pymerge: out of memory; try fewer --threads or a smaller --max-memory", err=True)
-            ctx.exit(EXIT_ERROR)
+            with _clean_usage():
+                return super().invoke(ctx)
         except Stopped as stop:
             before = {}  # the process ends now; a further signal must not change how
             again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""
             word, code = _STOPPING[stop.number]
-            click.echo(f"pymerge: {word}{again}", err=True)
+            _say(f"pymerge: {word}{again}", err=True)
             ctx.exit(code)
+        except BrokenPipeError:
+            _drop_output()
+            ctx.exit(EXIT_BROKEN_PIPE)
+        except (PymergeError, OSError, MemoryError) as error:
+            for sentence in _sentences(error):
+                _say(f"pymerge: {sentence}", err=True)
+            ctx.exit(EXIT_ERROR)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _sentences(error: Exception) -> Sequence[str]:
+    if isinstance(error, ProblemList):
+        return error.problems
+    if isinstance(error, MemoryError):
+        return ["out of memory; try fewer --threads or a smaller --max-memory"]
+    if isinstance(error, OSError):
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return [f"{what}{error.strerror or error}"]
+    return [str(error)]
+
+
+@contextmanager
+def _clean_usage() -> Iterator[None]:
+    """What click says of wrong options repeats them."""
+    try:
+        yield
+    except click.UsageError as error:
+        said = error.format_message()
+        if _clean(said) == said:
+            raise
+        raise click.UsageError(_clean(said), error.ctx) from None
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print lines of text."""
+    click.echo(_clean(text), err=err)
+
+
+def _clean(text: str) -> str:
+    """`text` as it is but for what no terminal should be sent, which is escaped."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _drop_output() -> None:
+    """Nobody reads on: what is still in the buffer must not be written at exit either."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for fd in (1, 2):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 _STOPPING: dict[int, tuple[str, int]] = {
@@ -102,7 +148,7 @@ def main() -> None:
 @_shared
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option("--backend", type=click.Choice(["cpu"]), default="cpu", show_default=True)
-@click.option("--tile", type=click.IntRange(min=64), hidden=True)
+@click.option("--tile", type=click.IntRange(64, LARGEST_TILE), hidden=True)
 @click.option("--isa", default="auto", hidden=True)
 def merge(
     recipe: Path,
@@ -140,9 +186,9 @@ def merge(
         with Bar(sys.stderr) as bar:
             summary = execute_plan(planned, out, settings, bar)
     if as_json:
-        click.echo(json.dumps(summary.as_dict(), indent=2))
+        _say(json.dumps(summary.as_dict(), indent=2))
     elif not quiet:
-        click.echo(summary.describe())
+        _say(summary.describe())
 
 
 @main.command()
@@ -165,12 +211,10 @@ def plan(
     planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
     shares = budget(planned, threads, _size(max_memory))
     if as_json:
-        click.echo(
-            json.dumps({**planned.summary(), "memory": shares.total, "threads": shares.threads}, indent=2)
-        )
+        _say(json.dumps({**planned.summary(), "memory": shares.total, "threads": shares.threads}, indent=2))
         return
-    click.echo(planned.describe())
-    click.echo(f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter")
+    _say(planned.describe())
+    _say(f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter")
     _show_notes(planned)
 
 
@@ -183,7 +227,7 @@ def demo(folder: Path | None) -> None:
     """
     from pymerge.demo import run_demo
 
-    if not run_demo(folder, click.echo):
+    if not run_demo(folder, _say):
         sys.exit(EXIT_DIFFERENT)
 
 
@@ -195,11 +239,11 @@ def info(as_json: bool) -> None:
 
     facts = gather()
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        _say(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        click.echo(f"{name:<16} {text}")
+        _say(f"{name:<16} {text}")
 
 
 @main.command()
@@ -208,9 +252,9 @@ def methods() -> None:
     from pymerge.methods import METHODS
 
     for method in METHODS.values():
-        click.echo(f"{method.name:<16} {method.summary}")
+        _say(f"{method.name:<16} {method.summary}")
         flags = f"trim {method.trim.value}, elect {'yes' if method.elect else 'no'}"
-        click.echo(f"{'':<16} {flags}, normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}")
+        _say(f"{'':<16} {flags}, normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}")
 
 
 @main.command()
@@ -220,7 +264,7 @@ def explain(method: str) -> None:
     from pymerge.methods import explain as explained
     from pymerge.methods import method_named
 
-    click.echo(explained(method_named(method)))
+    _say(explained(method_named(method)))
 
 
 @main.command()
@@ -232,29 +276,30 @@ def verify(out: Path, as_json: bool) -> None:
 
     result = verified(out)
     if as_json:
-        click.echo(json.dumps({"files": result.files, "bytes": result.bytes, "intact": True}))
+        _say(json.dumps({"files": result.files, "bytes": result.bytes, "intact": True}))
     else:
-        click.echo(f"{out}: {result.files} files, {result.bytes:,} bytes, all as the manifest says")
+        _say(f"{out}: {result.files} files verified, {result.bytes:,} bytes, all as the manifest says")
 
 
 @main.command()
 @click.argument("a", type=_PATH)
 @click.argument("b", type=_PATH)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def diff(a: Path, b: Path, as_json: bool) -> None:
+@click.option("--all", "everything", is_flag=True, help="List every tensor that differs, not the worst 20.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every tensor that differs.")
+def diff(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     """Compare the checkpoints A and B bit by bit; exits with 1 when they differ."""
     from pymerge.diff import describe
     from pymerge.diff import diff as compared
 
     difference = compared(a, b)
-    click.echo(json.dumps(difference.as_dict(), indent=2) if as_json else describe(difference))
+    _say(json.dumps(difference.as_dict(), indent=2) if as_json else describe(difference, everything))
     if not difference.is_equal:
         sys.exit(EXIT_DIFFERENT)
 
 
 def _show_notes(planned: Plan) -> None:
     for note in planned.notes:
-        click.echo(f"note: {note}", err=True)
+        _say(f"note: {note}", err=True)
 
 
 def _size(text: str | None) -> int | None:

@@ -11,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pymerge.checkpoint.header import TensorEntry, shown_path
+from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Checkpoint, open_checkpoint
 from pymerge.dtypes import DType
 from pymerge.errors import CheckpointError
+from pymerge.files import open_regular
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[Any]
 
+LISTED = 20
 TILE = 1 << 20  # elements; keeps the temporaries of numpy within a few tens of megabytes
 
 
@@ -50,13 +52,25 @@ class Difference:
     elements: int
 
     @property
+    def largest_ulp(self) -> TensorDifference | None:
+        """The tensor with the largest distance in units in the last place."""
+        return max((t for t in self.tensors if t.ulp), key=lambda t: t.ulp or 0, default=None)
+
+    @property
+    def largest_absolute(self) -> TensorDifference | None:
+        """The tensor with the largest difference in value."""
+        return max((t for t in self.tensors if t.absolute), key=lambda t: t.absolute or 0.0, default=None)
+
+    @property
     def is_equal(self) -> bool:
         """Same names, same shapes and types, same bits."""
         return not (self.only_a or self.only_b or self.tensors)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, JSON-ready."""
-        return {**asdict(self), "equal": self.is_equal}
+        largest = {"largest_ulp": self.largest_ulp, "largest_absolute": self.largest_absolute}
+        names = {key: far.name if far else None for key, far in largest.items()}
+        return {**asdict(self), **names, "equal": self.is_equal}
 
 
 def diff(a: Path, b: Path) -> Difference:
@@ -94,10 +108,7 @@ class _Place:
 def _open(checkpoint: Checkpoint, stack: ExitStack) -> list[int]:
     fds = []
     for shard in checkpoint.shards:
-        try:
-            fds.append(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            raise CheckpointError(f"{shown_path(shard.path)} cannot be opened: {error.strerror}") from error
+        fds.append(open_regular(shard.path))
         stack.callback(os.close, fds[-1])
     return fds
 
@@ -140,15 +151,13 @@ def _read(place: _Place, start: int, count: int) -> Array:
     """The bits of some elements as unsigned integers (bytes for types that are not whole bytes)."""
     bits = place.entry.dtype.bits
     if bits % 8:
-        raise CheckpointError(
-            f"{shown_path(place.path)} holds {place.entry.dtype.header_name}, which has no bytes"
-        )
+        raise CheckpointError(f"{place.path} holds {place.entry.dtype.header_name}, which has no bytes")
     data = np.empty(count * bits // 8, dtype=np.uint8)
     view, offset = data.data, place.entry.begin + start * (bits // 8)
     while view:
         got = os.preadv(place.fd, [view], offset)
         if got == 0:
-            raise CheckpointError(f"{shown_path(place.path)} is truncated at byte {offset:,}")
+            raise CheckpointError(f"{place.path} is truncated at byte {offset:,}")
         view, offset = view[got:], offset + got
     return data.view(f"u{bits // 8}")
 
@@ -166,7 +175,7 @@ def _apart(a: Array, b: Array, dtype_a: DType, dtype_b: DType) -> tuple[int, int
         different = int(np.count_nonzero(where))
         if dtype_a.mergeable and different:
             ulp = max(abs(int(x) - int(y)) for x, y in _extremes(_ordered(a), _ordered(b)))
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         gaps = np.abs(values_a - values_b)
     gaps[values_a == values_b] = 0.0  # inf against inf
     return different, ulp, float(gaps.max(initial=0.0))
@@ -199,18 +208,41 @@ def _values(bits: Array, dtype: DType) -> Array:
     return bits.astype(np.float64)
 
 
-def describe(difference: Difference) -> str:
-    """A table of the tensors that differ and one line for the whole."""
-    lines = [f"only in A: {name!r}" for name in difference.only_a]
-    lines += [f"only in B: {name!r}" for name in difference.only_b]
+def describe(difference: Difference, everything: bool = False) -> str:
+    """The names that only one has and the tensors that differ, worst first (20 of a kind, or everything)."""
+    lines = _listed([f"only in A: {name!r}" for name in difference.only_a], everything)
+    lines += _listed([f"only in B: {name!r}" for name in difference.only_b], everything)
     if difference.tensors:
         lines.append(f"{'different':>14} {'of':>14} {'max ulp':>12} {'max difference':>15}  tensor")
-    for tensor in difference.tensors:
-        ulp = "-" if tensor.ulp is None else f"{tensor.ulp:,}"
-        absolute = "-" if tensor.absolute is None else f"{tensor.absolute:.6g}"
-        note = f" ({tensor.note})" if tensor.note else ""
-        counts = f"{tensor.different:>14,} {tensor.elements:>14,}"
-        lines.append(f"{counts} {ulp:>12} {absolute:>15}  {tensor.name!r}{note}")
-    equal = difference.compared - len(difference.tensors)
-    lines.append(f"{equal:,} of {difference.compared:,} tensors in both are equal, bit for bit")
+    lines += _listed([_row(tensor) for tensor in sorted(difference.tensors, key=_badness)], everything)
+    unequal = len(difference.tensors)
+    lines.append(
+        f"{difference.compared:,} tensors compared ({difference.elements:,} elements):"
+        f" {difference.compared - unequal:,} equal bit for bit, {unequal:,} different;"
+        f" {len(difference.only_a):,} only in A, {len(difference.only_b):,} only in B"
+    )
+    if (far := difference.largest_ulp) is not None:
+        lines.append(f"largest distance: {far.ulp:,} units in the last place, in {far.name!r}")
+    if (far := difference.largest_absolute) is not None:
+        lines.append(f"largest difference: {far.absolute:.6g}, in {far.name!r}")
     return "\n".join(lines)
+
+
+def _listed(lines: list[str], everything: bool) -> list[str]:
+    more = len(lines) - LISTED
+    return (
+        lines if everything or more <= 0 else [*lines[:LISTED], f"... and {more:,} more (--all lists them)"]
+    )
+
+
+def _row(tensor: TensorDifference) -> str:
+    ulp = "-" if tensor.ulp is None else f"{tensor.ulp:,}"
+    absolute = "-" if tensor.absolute is None else f"{tensor.absolute:.6g}"
+    note = f" ({tensor.note})" if tensor.note else ""
+    return f"{tensor.different:>14,} {tensor.elements:>14,} {ulp:>12} {absolute:>15}  {tensor.name!r}{note}"
+
+
+def _badness(tensor: TensorDifference) -> tuple[bool, int, float]:
+    """Sorts the worst first: what cannot be compared at all, then by the distance."""
+    comparable = tensor.ulp is not None or tensor.absolute is not None
+    return comparable, -(tensor.ulp or 0), -(tensor.absolute or 0.0)

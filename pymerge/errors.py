@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pymerge.text import printable
+
 
 class PymergeError(Exception):
-    """Any problem the user can act on; the command line prints it and exits with 2."""
+    """Any problem the user can act on; the command line prints it and exits with 2.
+
+    The sentence may hold names and paths as they are: what a terminal should not be sent is escaped here.
+    """
+
+    def __init__(self, sentence: object) -> None:
+        super().__init__(printable(str(sentence)))
 
 
 class RecipeError(PymergeError):
@@ -29,8 +37,8 @@ class ProblemList(PymergeError):
     """Several problems found together; `problems` holds one sentence each."""
 
     def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
+        self.problems = tuple(map(printable, problems))
+        Exception.__init__(self, "\n".join(self.problems))
 
 
 class Cancelled(PymergeError):

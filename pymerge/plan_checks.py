@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pymerge.checkpoint.header import TensorEntry, shown
+from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Checkpoint, TensorRef
-from pymerge.recipe import Recipe
+from pymerge.checkpoint.sidefiles import read_config
+from pymerge.dtypes import DType
+from pymerge.errors import CheckpointError
+from pymerge.text import shown
 
 # A broken model may break every tensor; so many are named, the rest counted.
 NAMED = 3
-MAX_CONFIG_BYTES = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,23 +32,18 @@ class Input:
         return f"{'base' if self.is_base else 'expert'} {self.checkpoint.path}"
 
 
-def check_inputs(inputs: Sequence[Input], problems: list[str]) -> None:
+def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
     """Refuse quantized checkpoints: their numbers mean nothing without their scales."""
     for source in inputs:
-        folder = source.checkpoint.path if source.checkpoint.path.is_dir() else source.checkpoint.path.parent
-        if _is_quantized(folder / "config.json"):
+        try:
+            config = read_config(source.checkpoint.path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if config.get("quantization_config"):
             problems.append(
                 f"{source.label} is quantized (quantization_config in config.json), which is not supported"
             )
-
-
-def _is_quantized(config: Path) -> bool:
-    try:
-        with config.open("rb") as file:
-            content = json.loads(file.read(MAX_CONFIG_BYTES))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and bool(content.get("quantization_config"))
 
 
 def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
@@ -113,6 +109,21 @@ def _clash(name: str, ours: TensorRef, theirs: TensorRef, first: Input) -> str |
     return f"tensor {shown(name)} has {what} {_value(found, what)}, expected {expected}"
 
 
+def check_working_types(inputs: Sequence[Input], cast: DType | None, problems: list[str]) -> None:
+    """Scope model compares magnitudes of all tensors, so all must be computed in one type."""
+    first: dict[bool, str] = {}
+    for name, ref in inputs[0].checkpoint.tensors.items() if inputs else ():
+        if ref.entry.dtype.mergeable:
+            found = [source.checkpoint.tensors.get(name) for source in inputs]
+            types = {cast} if cast else {other.entry.dtype for other in found if other}
+            first.setdefault(DType.F64 in types, name)
+    if len(first) == 2:
+        problems.append(
+            f"scope model: tensor {shown(first[True])} is computed in float64, {shown(first[False])} in"
+            " float32; set dtype to have one type for all"
+        )
+
+
 def _value(entry: TensorEntry, what: str) -> str:
     return shown(list(entry.shape)) if what == "shape" else entry.dtype.header_name
 
@@ -129,15 +140,16 @@ def _report(prefix: str, kind: str, sentences: Iterable[str], problems: list[str
         problems.append(f"{prefix}{rest:,} more {kind}")
 
 
-def check_output(out: Path, recipe: Recipe, problems: list[str]) -> None:
+def check_output(out: Path, inputs: Iterable[Path], problems: list[str]) -> None:
     """The output must be new, apart from every input, in a folder that can be written."""
+    if "\0" in str(out):
+        problems.append(f"output {out} cannot be the name of a folder")
+        return
     if os.path.lexists(out):
         problems.append(f"output {out} exists already")
-    target = out.resolve()
-    paths = dict.fromkeys([recipe.base] if recipe.base else [])
-    paths.update(dict.fromkeys(entry.path for entry in recipe.models))
-    for path in paths:
-        given = path.resolve()
+    target = _real(out)
+    for path in dict.fromkeys(inputs):
+        given = _real(path)
         if target == given:
             problems.append(f"output {out} is the input {path}")
         elif given in target.parents:
@@ -153,7 +165,7 @@ def check_output(out: Path, recipe: Recipe, problems: list[str]) -> None:
 
 def free_bytes(out: Path) -> int:
     """Bytes that a merge into `out` may still use, those of an interrupted run into it included."""
-    target = out.resolve()
+    target = _real(out)
     state = os.statvfs(_existing_parent(target))
     used = 0
     partial = target.with_name(target.name + ".partial")
@@ -163,5 +175,9 @@ def free_bytes(out: Path) -> int:
     return state.f_bavail * state.f_frsize + used
 
 
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # not Path.resolve, which raises on a loop of links
+
+
 def _existing_parent(target: Path) -> Path:
-    return next(parent for parent in target.parents if parent.exists())
+    return next((parent for parent in target.parents if os.path.lexists(parent)), target)

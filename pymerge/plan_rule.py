@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +17,7 @@ E = TypeVar("E", bound=Enum)
 
 def is_same(a: Path, b: Path) -> bool:
     """Whether two paths mean the same file or folder."""
-    return a.resolve() == b.resolve()
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def donor_path(recipe: Recipe) -> Path:
@@ -32,17 +33,17 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
     experts = _experts(recipe, method, notes)
     if not experts:
         problems.append(f"models lists no expert beside the base {recipe.base}")
+        return None
     weights = [recipe.parameter(entry, "weight") for entry in experts]
     for entry, weight in zip(experts, weights, strict=True):
         if weight is None:
             problems.append(f"{method.name} needs a weight for {entry.path}")
     densities = [recipe.parameter(entry, "density") for entry in experts]
     _note_unused(recipe, method, notes)
-    if len(problems) > before:
-        return None
     given = recipe.parameters
     try:
-        return rule_for(
+        # A weight that is missing is taken as 1, so that the other numbers are judged all the same.
+        rule = rule_for(
             method,
             weights=[_number(weight, 1.0) for weight in weights],
             densities=[_number(density, method.density) for density in densities],
@@ -54,6 +55,7 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
             seed=recipe.seed,
             names=[str(entry.path) for entry in experts],
         )
+        return rule if len(problems) == before else None
     except ProblemList as error:
         problems.extend(error.problems)
     except PymergeError as error:

@@ -6,23 +6,33 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pymerge.checkpoint.header import TensorEntry
-from pymerge.checkpoint.index import open_checkpoint
+from pymerge.checkpoint.index import Shard, open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
+from pymerge.checkpoint.sidefiles import collect
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.job import Region, TensorJob
 from pymerge.methods import Method, method_named, passes
-from pymerge.plan_checks import Input, check_inputs, check_output, check_tensors, free_bytes
+from pymerge.plan_checks import (
+    Input,
+    check_configs,
+    check_output,
+    check_tensors,
+    check_working_types,
+    free_bytes,
+)
 from pymerge.plan_rule import donor_path, is_same, rule_of
-from pymerge.recipe import Recipe
-from pymerge.rule import Rule, Scope
+from pymerge.plan_side import side_files
+from pymerge.recipe import Draft, Recipe
+from pymerge.rule import Rule, Scope, Trim
+from pymerge.text import printable
 from pymerge.version import NUMERICS_VERSION, VERSION
 
 T = TypeVar("T")
@@ -35,8 +45,8 @@ class Plan:
     """Everything about one merge that headers can tell.
 
     `inputs`: the base first (where the method has one), then the experts in recipe order.
-    `files`: all input shards; output shard i has the number `len(files) + i` in the jobs' regions.
-    `donor`: the checkpoint folder whose configuration and tokenizer go with the output.
+    `shards`: all input files by number; output file i has the number `len(shards) + i` in the jobs' regions.
+    `side_files`: what lies beside the weights (configuration and tokenizer of the base, recipe, index).
     `notes`: what the recipe gives and the method does not use, one sentence each.
     """
 
@@ -46,8 +56,8 @@ class Plan:
     out: Path | None
     out_dtype: DType | None
     inputs: tuple[Input, ...]
-    donor: Path
-    files: tuple[Path, ...]
+    side_files: Mapping[str, bytes]
+    shards: tuple[Shard, ...]
     layouts: tuple[ShardLayout, ...]
     jobs: tuple[tuple[TensorJob, ...], ...]
     bytes_read: int
@@ -70,6 +80,11 @@ class Plan:
         return len(self.rule.weights)
 
     @property
+    def disk_bytes(self) -> int:
+        """Bytes on disk: the weights and what lies beside them, a few kilobytes apart."""
+        return self.bytes_written + sum(map(len, self.side_files.values()))
+
+    @property
     def tensors(self) -> int:
         """Number of output tensors."""
         return sum(len(shard) for shard in self.jobs)
@@ -78,13 +93,6 @@ class Plan:
     def elements(self) -> int:
         """Number of output elements."""
         return sum(job.count for shard in self.jobs for job in shard)
-
-    def input_of(self, file: int) -> Input:
-        """The input that file number `file` belongs to."""
-        for source in self.inputs:
-            if file < source.first_file + len(source.checkpoint.shards):
-                return source
-        raise IndexError(file)
 
     def digest(self) -> dict[str, object]:
         """What a resumed run must have in common with the run before; JSON-ready. Not the threads."""
@@ -95,29 +103,32 @@ class Plan:
             "out_dtype": self.out_dtype.torch_name if self.out_dtype else None,
             "inputs": {
                 str(shard.path): [shard.header.digest, shard.header.file_size, shard.header.mtime_ns]
-                for source in self.inputs
-                for shard in source.checkpoint.shards
+                for shard in self.shards
             },
             "outputs": {layout.file_name: layout.size for layout in self.layouts},
         }
 
     def describe(self) -> str:
         """The plan in words, one fact a line."""
-        base = [f"base         {source.checkpoint.path}" for source in self.inputs if source.is_base]
-        experts = [source.checkpoint.path for source in self.inputs if not source.is_base]
-        lines = [f"method       {self.method.name}, scope {self.scope.value}", *base]
-        weights = zip(experts, self.rule.weights, self.rule.densities, strict=True)
-        lines += [
-            f"expert       {path} (weight {weight:g}, density {density:g})"
-            for path, weight, density in weights
-        ]
+        trims = self.method.trim is not Trim.NONE
+        scope = f", scope {self.scope.value}" if self.method.trim is Trim.MAGNITUDE else ""
+        lines = [f"method       {self.method.name}{scope}"]
+        weights = iter(zip(self.rule.weights, self.rule.densities, strict=True))
+        for source in self.inputs:
+            path = printable(str(source.checkpoint.path))
+            if source.is_base:
+                lines.append(f"base         {path}")
+                continue
+            weight, density = next(weights)
+            given = f"weight {weight:g}, density {density:g}" if trims else f"weight {weight:g}"
+            lines.append(f"expert       {path} ({given})")
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
             f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)}",
         ]
         if self.out is not None:
-            lines.append(f"disk space   {self.bytes_written:,} bytes needed, {free_bytes(self.out):,} free")
+            lines.append(f"disk space   {self.disk_bytes:,} bytes needed, {free_bytes(self.out):,} free")
         return "\n".join(lines)
 
     def summary(self) -> dict[str, object]:
@@ -133,7 +144,7 @@ class Plan:
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "passes": self.passes,
-            "disk_space_needed": self.bytes_written,
+            "disk_space_needed": self.disk_bytes,
             "disk_space_free": free_bytes(self.out) if self.out else None,
             "out": str(self.out) if self.out else None,
             "notes": list(self.notes),
@@ -141,7 +152,7 @@ class Plan:
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: Recipe | Draft,
     out: Path | None,
     *,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -149,41 +160,81 @@ def make_plan(
 ) -> Plan:
     """Plan the merge of `recipe` into the folder `out` (None: nothing about the output is checked).
 
-    `dtype`: the output's element type, before the recipe's own. Raises ProblemList with every problem found.
+    `dtype`: the output's element type, before the recipe's own. Raises ProblemList with every problem found,
+    those of a draft among them.
     """
-    problems: list[str] = []
-    notes: list[str] = []
-    method = _collect(problems, lambda: method_named(recipe.method))
-    rule = rule_of(recipe, method, problems, notes) if method else None
-    inputs = _open_inputs(recipe, method, problems)
-    check_inputs(inputs, problems)
-    names = check_tensors(inputs, problems)
-    if out is not None:
-        check_output(out, recipe, problems)
-    if problems or method is None or rule is None:
+    draft = recipe if isinstance(recipe, Draft) else Draft(recipe)
+    problems = list(draft.problems)
+    if draft.recipe is None:
         raise ProblemList(problems)
+    found = _examine(draft.recipe, draft.missing, out, problems)
+    if problems or found is None:
+        raise ProblemList(list(dict.fromkeys(problems)))
+    plan = _laid_out(draft.recipe, found, out, max_shard_bytes, dtype)
+    if out is not None and plan.disk_bytes > (free := free_bytes(out)):
+        raise ProblemList([f"{out} needs {plan.disk_bytes:,} bytes of disk space, {free:,} are free"])
+    return plan
 
+
+@dataclass(frozen=True)
+class _Found:
+    """What a sound recipe names, and what lies there."""
+
+    method: Method
+    rule: Rule
+    inputs: list[Input]
+    names: list[str]
+    side_files: dict[str, bytes]
+    notes: list[str]
+
+
+def _examine(
+    recipe: Recipe, missing: Collection[Path], out: Path | None, problems: list[str]
+) -> _Found | None:
+    """Everything that recipe, headers and side files show; problems are added to the list."""
+    notes: list[str] = []
+    # A draft without a method says so itself.
+    method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
+    rule = rule_of(recipe, method, problems, notes) if method else None
+    inputs = _open_inputs(recipe, method, missing, problems)
+    check_configs(inputs, problems)
+    names = check_tensors(inputs, problems)
+    if rule and rule.scope is Scope.MODEL:
+        check_working_types(inputs, recipe.dtype, problems)
+    donor = donor_path(recipe)
+    side_files = {} if donor in missing else _collect(problems, lambda: collect(donor))
+    if out is not None:
+        paths = [recipe.base] if recipe.base else []
+        paths += [entry.path for entry in recipe.models]
+        check_output(out, [path for path in paths if path not in missing], problems)
+    if method is None or rule is None or side_files is None:
+        return None
+    return _Found(method, rule, inputs, names, side_files, notes)
+
+
+def _laid_out(
+    recipe: Recipe, found: _Found, out: Path | None, max_shard_bytes: int, dtype: DType | None
+) -> Plan:
+    inputs, rule = found.inputs, found.rule
     out_dtype = dtype or recipe.out_dtype or recipe.dtype
-    layouts = lay_out(_outputs(inputs, names, out_dtype), max_shard_bytes)
-    files = tuple(shard.path for source in inputs for shard in source.checkpoint.shards)
-    jobs = _jobs(inputs, layouts, len(files), rule, recipe.dtype)
-    written = sum(layout.size for layout in layouts)
-    if out is not None and written > (free := free_bytes(out)):
-        raise ProblemList([f"{out} needs {written:,} bytes of disk space, {free:,} are free"])
+    layouts = lay_out(_outputs(inputs, found.names, out_dtype), max_shard_bytes)
+    shards = tuple(shard for source in inputs for shard in source.checkpoint.shards)
+    jobs = _jobs(inputs, layouts, len(shards), rule, recipe.dtype)
+    donor = donor_path(recipe)
     return Plan(
         recipe=recipe,
-        method=method,
+        method=found.method,
         rule=rule,
         out=out,
         out_dtype=out_dtype,
         inputs=tuple(inputs),
-        donor=donor_path(recipe),
-        files=files,
+        shards=shards,
+        side_files=side_files(donor, found.side_files, recipe.text, layouts, jobs),
         layouts=layouts,
         jobs=jobs,
         bytes_read=sum(bytes_read_by(shard, passes(rule)) for shard in jobs),
-        bytes_written=written,
-        notes=tuple(notes),
+        bytes_written=sum(layout.size for layout in layouts),
+        notes=tuple(found.notes),
     )
 
 
@@ -198,7 +249,9 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
     return None
 
 
-def _open_inputs(recipe: Recipe, method: Method | None, problems: list[str]) -> list[Input]:
+def _open_inputs(
+    recipe: Recipe, method: Method | None, missing: Collection[Path], problems: list[str]
+) -> list[Input]:
     """The readable inputs: base first where the method is relative to one, then the experts."""
     paths = [(entry.path, False) for entry in recipe.models]
     if recipe.base is not None and (method is None or method.task_vector):
@@ -207,6 +260,8 @@ def _open_inputs(recipe: Recipe, method: Method | None, problems: list[str]) -> 
     inputs: list[Input] = []
     first = 0
     for path, is_base in paths:
+        if path in missing:
+            continue
         checkpoint = _collect(problems, partial(open_checkpoint, path))
         if checkpoint is not None:
             inputs.append(Input(checkpoint, is_base, first))

@@ -6,17 +6,16 @@ All problems of one recipe are reported together, one sentence each.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, RecipeError
+from pymerge.files import read_file
 from pymerge.parameters import Parameter, Preset
-
-if TYPE_CHECKING:
-    from pymerge.recipe_schema import MergeSchema
 
 MAX_RECIPE_BYTES = 1_000_000
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,7 +31,10 @@ class ModelEntry:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim."""
+    """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim.
+
+    Made by `load_recipe` or `parse_recipe`.
+    """
 
     method: str
     models: tuple[ModelEntry, ...]
@@ -49,25 +51,31 @@ class Recipe:
         return entry.parameters.get(name, self.parameters.get(name))
 
 
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A recipe as far as it can be read: harmless values stand where it is wrong, and `problems` say where.
+
+    `recipe`: None when not even the models are known. `missing`: models that do not exist, which are among
+    the problems already.
+    """
+
+    recipe: Recipe | None
+    problems: tuple[str, ...] = ()
+    missing: frozenset[Path] = frozenset()
+
+    def checked(self) -> Recipe:
+        """The recipe; ProblemList when there is any problem."""
+        if self.recipe is None or self.problems:
+            raise ProblemList(self.problems)
+        return self.recipe
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read a recipe file; relative model paths start at its folder, then at the working directory.
 
     Raises RecipeError (unreadable, not YAML) or ProblemList (everything else, all at once).
     """
-    if path.exists() and not path.is_file():
-        raise RecipeError(f"recipe {path} is not a regular file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {path}: {error.strerror}") from error
-    if len(data) > MAX_RECIPE_BYTES:
-        raise RecipeError(f"recipe {path} is larger than {MAX_RECIPE_BYTES:,} bytes")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
-    return parse_recipe(text, path.parent)
+    return load_draft(path).checked()
 
 
 def parse_recipe(text: str, folder: Path) -> Recipe:
@@ -75,32 +83,43 @@ def parse_recipe(text: str, folder: Path) -> Recipe:
 
     Raises RecipeError (not YAML) or ProblemList (everything else, all at once).
     """
+    return parse_draft(text, folder).checked()
+
+
+def load_draft(path: Path) -> Draft:
+    """`load_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
+    data = read_file(path, MAX_RECIPE_BYTES, RecipeError)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
+    return parse_draft(text, path.parent)
+
+
+def parse_draft(text: str, folder: Path) -> Draft:
+    """`parse_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
     from pymerge.recipe_schema import read_yaml, validate
 
-    schema, problems = validate(read_yaml(text))
+    schema, problems, unusable = validate(read_yaml(text))
     if schema is None:
-        raise ProblemList(problems)
-    recipe = _resolve(schema, text, folder, problems)
-    if problems:
-        raise ProblemList(problems)
-    return recipe
+        return Draft(None, tuple(problems))
+    missing: set[Path] = set()
 
+    def found(name: str, where: str) -> Path:
+        path = None if where in unusable else _find(name, where, folder, problems)
+        if path is None:
+            path = Path(where if where in unusable else name)
+            missing.add(path)
+        return path
 
-def _resolve(schema: MergeSchema, text: str, folder: Path, problems: list[str]) -> Recipe:
     models = []
     for number, model in enumerate(schema.models):
-        path = _find(model.model, f"models[{number}].model", folder, problems)
-        models.append(ModelEntry(path, model.parameters.given()))
-    seen: dict[Path, int] = {}
-    for number, entry in enumerate(models):
-        first = seen.setdefault(entry.path.resolve(), number)
-        if first != number:
-            problems.append(f"models[{number}].model: {entry.path} is already listed as models[{first}]")
-    base = None if schema.base_model is None else _find(schema.base_model, "base_model", folder, problems)
-    return Recipe(
-        method=schema.merge_method,
+        models.append(ModelEntry(found(model.model, f"models[{number}].model"), model.parameters.given()))
+    _refuse_twins(models, problems)
+    recipe = Recipe(
+        method="" if "merge_method" in unusable else schema.merge_method,
         models=tuple(models),
-        base=base,
+        base=None if schema.base_model is None else found(schema.base_model, "base_model"),
         dtype=schema.dtype,
         out_dtype=schema.out_dtype,
         parameters=schema.parameters.given(),
@@ -108,14 +127,23 @@ def _resolve(schema: MergeSchema, text: str, folder: Path, problems: list[str]) 
         preset=schema.preset,
         text=text,
     )
+    return Draft(recipe, tuple(problems), frozenset(missing))
 
 
-def _find(name: str, where: str, folder: Path, problems: list[str]) -> Path:
+def _refuse_twins(models: Sequence[ModelEntry], problems: list[str]) -> None:
+    seen: dict[str, int] = {}
+    for number, entry in enumerate(models):
+        first = seen.setdefault(os.path.realpath(entry.path), number)
+        if first != number:
+            problems.append(f"models[{number}].model: {entry.path} is already listed as models[{first}]")
+
+
+def _find(name: str, where: str, folder: Path, problems: list[str]) -> Path | None:
     """The existing local path that `name` means; else a problem, with what the name seems to be."""
-    given = Path(name).expanduser()
+    given = Path(os.path.expanduser(name))  # not Path.expanduser, which raises where nobody has that name
     candidates = [given] if given.is_absolute() else [folder / given, Path.cwd() / given]
     for path in candidates:
-        if path.exists():
+        if os.path.exists(path):
             return path
     # An existing path wins, so that a folder name may hold the two signs.
     if "+" in name:
@@ -126,4 +154,4 @@ def _find(name: str, where: str, folder: Path, problems: list[str]) -> Path:
         looked = " or ".join(dict.fromkeys(str(path) for path in candidates))
         hub = "; names on the Hugging Face hub are not supported yet" if _HUB_NAME.fullmatch(name) else ""
         problems.append(f"{where}: no such file or folder: {looked}{hub}")
-    return given
+    return None

@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from pymerge.dtypes import DType
 from pymerge.errors import RecipeError
+from pymerge.files import is_path
 from pymerge.parameters import Parameter, Preset, merging_dtype
 from pymerge.rule import Scope, ThresholdTies
 
@@ -24,9 +25,14 @@ E = TypeVar("E", bound=Enum)
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
 UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk", "scale")
 
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads 1e-3 and -.5 as numbers, as YAML 1.2 does."""
+    """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does.
+
+    So 1e-3 and -.5 are numbers, and 1:30 (base 60 in YAML 1.1) and 2026-01-31 are text.
+    """
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
@@ -46,12 +52,17 @@ _Loader.add_implicit_resolver(
     re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
     list("-+.0123456789"),
 )
+for _first in "-+0123456789":
+    _resolvers = _Loader.yaml_implicit_resolvers[_first]
+    _dated = [pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"]
+    _Loader.yaml_implicit_resolvers[_first] = [("tag:yaml.org,2002:str", _BASE_60), *_dated]
 
 
 def read_yaml(text: str) -> object:
     """The one YAML document in `text`; RecipeError when it is none, several, or has duplicate keys."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise RecipeError("the recipe is empty")
@@ -60,12 +71,18 @@ def read_yaml(text: str) -> object:
         if "single document" in str(error):
             raise RecipeError("recipes of several YAML documents are not supported yet") from error
         raise RecipeError(_yaml_sentence(error)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"line {line}: the character U+{ord(text[error.position]):04X} is not allowed in YAML"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(_yaml_sentence(error)) from error
     except (RecursionError, ValueError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {type(error).__name__}: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _yaml_sentence(error: yaml.YAMLError) -> str:
@@ -112,6 +129,10 @@ def _dtype(value: object) -> DType:
 def _reference(value: object) -> object:
     if isinstance(value, dict):
         raise PydanticCustomError("form", "model references written as mappings are not supported yet")
+    if isinstance(value, str) and value and not is_path(value):
+        raise PydanticCustomError(
+            "form", "{name} cannot be the name of a file", {"name": reprlib.repr(value)}
+        )
     return value
 
 
@@ -162,20 +183,57 @@ class MergeSchema(_Strict):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] = 0
 
 
-def validate(data: object) -> tuple[MergeSchema | None, list[str]]:
-    """The checked recipe and no problems, or None and every problem as a sentence."""
+def validate(data: object) -> tuple[MergeSchema | None, list[str], set[str]]:
+    """The recipe, every problem as a sentence, and the places whose value is not the recipe's own.
+
+    Where the recipe is wrong a neutral value stands; None when too little is left.
+    """
     if not isinstance(data, dict):
-        return None, [f"a recipe is a mapping with merge_method and models, not {_kind(data)}"]
+        return None, [f"a recipe is a mapping with merge_method and models, not {_kind(data)}"], set()
     problems = [f"{key} is not supported yet" for key in UNSUPPORTED_KEYS if key in data]
     kept = {key: value for key, value in data.items() if key not in UNSUPPORTED_KEYS}
+    unusable: set[str] = set()
     if problems and "models" not in kept:
         # slices or modules stand for models, whose absence is then no problem of its own.
-        kept["models"] = [{"model": "."}]
+        kept["models"] = [_neutral(0)]
+        unusable.add("models[0].model")
+    kept = _without_null_parameters(kept)
     try:
-        schema = MergeSchema.model_validate(_without_null_parameters(kept))
+        return MergeSchema.model_validate(kept), problems, unusable
     except ValidationError as error:
-        return None, problems + [_sentence(detail) for detail in error.errors(include_url=False)]
-    return (None, problems) if problems else (schema, problems)
+        details = error.errors(include_url=False)
+    problems += [_sentence(detail) for detail in details]
+    for detail in details:
+        _mend(kept, detail, unusable)
+    try:
+        return MergeSchema.model_validate(kept), problems, unusable
+    except ValidationError:
+        return None, problems, unusable
+
+
+def _neutral(key: int | str) -> Any:
+    """What causes no further problem in place of a wrong value; a number stands for one of `models`."""
+    parameters = {"weight": 1.0}
+    if isinstance(key, int):
+        return {"model": ".", "parameters": parameters}
+    numbers = dict.fromkeys(("weight", "density", "lambda"), 1.0)
+    texts = {"merge_method": "-", "model": ".", "base_model": "."}
+    return {**numbers, **texts, "parameters": parameters}.get(key)
+
+
+def _mend(data: Any, detail: ErrorDetails, unusable: set[str]) -> None:
+    """Take the value that `detail` complains of out of `data`."""
+    *path, key = detail["loc"]
+    for step in path:
+        data = data[step]
+    neutral = None if detail["type"] == "extra_forbidden" else _neutral(key)
+    if neutral is not None:
+        data[key] = neutral
+    else:
+        data.pop(key, None)
+        if path and path[-1] == "parameters":
+            data.setdefault("weight", 1.0)  # which may be what the unknown key was meant to be
+    unusable.add(_place((*path, key, "model") if isinstance(key, int) else (*path, key)))
 
 
 def _without_null_parameters(data: dict[Hashable, Any]) -> dict[Hashable, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from pymerge.checkpoint.header import shown, shown_path
-from pymerge.checkpoint.staging import MANIFEST_NAME, hash_file
+from pymerge.checkpoint.manifest import MANIFEST_NAME, Record, read_object, records_of
 from pymerge.errors import CheckpointError, ProblemList
+from pymerge.files import Malformed, hash_file, reading
 
-MAX_MANIFEST_BYTES = 100_000_000
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,53 +24,46 @@ class Verified:
 def verify(out: Path) -> Verified:
     """Hash every file that the manifest of the folder `out` lists.
 
-    Raises CheckpointError (no manifest, or a damaged one) or ProblemList naming each file that differs.
+    Raises CheckpointError (no manifest, or a damaged one) or ProblemList naming each file that differs, and
+    weights that the manifest does not know. Other files that somebody added are no problem.
     """
     listed = _listed(out)
-    problems = []
-    total = 0
-    for name, (size, digest) in listed.items():
-        path = out / name
+    problems = [
+        f"{out / name} is not in {MANIFEST_NAME}: a reader of this folder would take it for part of the model"
+        for name in sorted(os.listdir(out))
+        if name.endswith(WEIGHT_SUFFIXES) and name not in listed
+    ]
+    for name, record in listed.items():
         try:
-            found = os.stat(path).st_size
-            problem = _difference(path, found, size, digest)
-        except OSError as error:
-            problem = f"cannot be read: {error.strerror}"
+            problem = _difference(out / name, record["size"], record["sha256"])
+        except CheckpointError as error:
+            problem = str(error)
         if problem:
-            problems.append(f"{shown_path(path)} {problem}")
-        total += size
+            problems.append(problem)
     if problems:
         raise ProblemList(problems)
-    return Verified(len(listed), total)
+    return Verified(len(listed), sum(record["size"] for record in listed.values()))
 
 
-def _difference(path: Path, found: int, size: int, digest: str) -> str | None:
-    if not path.is_file():
-        return "is not a regular file"
-    if found != size:
-        return f"has {found:,} bytes, expected {size:,}"
-    actual = hash_file(path)
-    return None if actual == digest else f"differs: sha256 is {actual}, expected {digest}"
+def _difference(path: Path, size: int, digest: str) -> str | None:
+    with reading(path) as fd:
+        found = os.fstat(fd).st_size
+        if found != size:
+            return f"{path} has {found:,} bytes, expected {size:,}"
+        actual = hash_file(fd)
+    return None if actual == digest else f"{path} differs: sha256 is {actual}, expected {digest}"
 
 
-def _listed(out: Path) -> dict[str, tuple[int, str]]:
+def _listed(out: Path) -> dict[str, Record]:
     """Size and sha256 of every file in the manifest, by name; names are single path components."""
     path = out / MANIFEST_NAME
+    manifest = read_object(path)
+    if manifest is None:
+        raise CheckpointError(f"{out} has no {MANIFEST_NAME}, so it is no finished merge")
     try:
-        with path.open("rb") as file:
-            content = json.loads(file.read(MAX_MANIFEST_BYTES))
-        listed = {name: (entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{shown_path(out)} has no {MANIFEST_NAME}, so it is no finished merge"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{shown_path(path)} is not a manifest: {error}") from error
-    for name, (size, digest) in listed.items():
-        if "/" in name or "\0" in name or name in ("", ".", ".."):
-            raise CheckpointError(f"{shown_path(path)} lists {shown(name)}, which is not a file name")
-        if type(size) is not int or not isinstance(digest, str):
-            raise CheckpointError(f"{shown_path(path)} lists {shown(name)} without size and sha256")
+        listed = records_of(manifest)
+        if not any(name.endswith(WEIGHT_SUFFIXES) for name in listed):
+            raise Malformed("it lists no weights")
+    except Malformed as problem:
+        raise CheckpointError(f"{path} is not a manifest: {problem}") from None
     return listed

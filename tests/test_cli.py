@@ -112,7 +112,7 @@ def test_trouble_has_no_traceback(family: Path) -> None:
     process = start("merge", family / "none.yml", family / "out")
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
-    assert err == f"pymerge: cannot read recipe {family}/none.yml: No such file or directory\n"
+    assert err == f"pymerge: {family}/none.yml: the file does not exist\n"
 
 
 def test_plan(family: Path) -> None:
@@ -160,18 +160,37 @@ def test_verify(family: Path) -> None:
     assert result.exit_code == 2
     lines = result.stderr.splitlines()
     assert len(lines) == 3
-    assert lines[0] == f"pymerge: {out}/README.md cannot be read: No such file or directory"
+    assert lines[0] == f"pymerge: {out}/README.md: the file does not exist"
     assert lines[1].startswith(f"pymerge: {out}/config.json has ")
     assert lines[2].startswith(f"pymerge: {weights} differs: sha256 is ")
+
+
+def test_verify_knows_weights_that_somebody_added(family: Path) -> None:
+    out = family / "out"
+    call("merge", family / "recipe.yml", out)
+    (out / "notes.txt").write_text("mine")
+    assert "4 files verified" in call("verify", out).stdout
+    for name in ("model-00002-of-00002.safetensors", "model.safetensors.index.json"):
+        (out / name).write_text("{}")
+    result = call("verify", out)
+    assert result.exit_code == 2
+    starts = [line.split(": a reader")[0] for line in result.stderr.splitlines()]
+    assert starts == [
+        f"pymerge: {out}/model-00002-of-00002.safetensors is not in merge.manifest.json",
+        f"pymerge: {out}/model.safetensors.index.json is not in merge.manifest.json",
+    ]
 
 
 @pytest.mark.parametrize(
     ("manifest", "part"),
     [
         (None, "has no merge.manifest.json, so it is no finished merge"),
-        ("{", "is not a manifest"),
-        ("[]", "is not a manifest"),
+        ("{", "the file is not JSON"),
+        ("[]", "the JSON is not an object"),
         ('{"files": {"a": {}}}', "is not a manifest"),
+        ("{}", "is not a manifest: it has no list of files"),
+        ('{"files": {}}', "is not a manifest: it lists no weights"),
+        ('{"files": {"\\ud800": {"size": 0, "sha256": ""}}}', "lists '\\ud800', which is not a file name"),
         ('{"files": {"../x": {"size": 0, "sha256": ""}}}', "lists '../x', which is not a file name"),
         ('{"files": {"x": {"size": true, "sha256": ""}}}', "lists 'x' without size and sha256"),
     ],

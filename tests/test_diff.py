@@ -39,7 +39,9 @@ def test_equal_checkpoints_with_different_shards(tmp_path: Path) -> None:
     found = diff(a, b)
     assert found.is_equal
     assert found.compared == len(SHAPES)
-    assert describe(found) == "5 of 5 tensors in both are equal, bit for bit"
+    assert describe(found) == (
+        "5 tensors compared (2,079 elements): 5 equal bit for bit, 0 different; 0 only in A, 0 only in B"
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,7 @@ def test_equal_checkpoints_with_different_shards(tmp_path: Path) -> None:
         (DType.F32, 1.0, float("inf"), 0x7F800000 - 0x3F800000, None),
         (DType.F16, float("nan"), 1.0, 0x7E00 - 0x3C00, None),
         (DType.I32, 5, -2, None, 7.0),
+        (DType.F64, 1.7e308, -1.7e308, 2 * int(np.float64(1.7e308).view(np.int64)) + 1, None),
     ],
 )
 def test_distances(
@@ -100,7 +103,10 @@ def test_the_command_exits_with_1_and_names_everything(tmp_path: Path) -> None:
     assert "only in A: 'a.weight'" in result.stdout
     assert "only in B: 'new'" in result.stdout
     assert "'norm'" in result.stdout
-    assert "0 of 1 tensors in both are equal" in result.stdout
+    assert (
+        "1 tensors compared (8 elements): 0 equal bit for bit, 1 different; 4 only in A, 1 only in B"
+        in result.stdout
+    )
     found = json.loads(CliRunner().invoke(main, ["diff", str(a), str(b), "--json"]).stdout)
     assert (found["equal"], found["only_b"], found["tensors"][0]["name"]) == (False, ["new"], "norm")
     same = CliRunner().invoke(main, ["diff", str(a), str(a)])
@@ -112,3 +118,27 @@ def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b.safetensors").write_bytes(a.read_bytes()[:-1])
     result = CliRunner().invoke(main, ["diff", str(a), str(tmp_path / "b.safetensors")])
     assert (result.exit_code, "b.safetensors" in result.stderr) == (2, True)
+
+
+def test_the_worst_come_first_and_the_rest_are_counted(tmp_path: Path) -> None:
+    names = [f"t{number:02}" for number in range(30)]
+    for folder, step in (("a", 0.0), ("b", 1.0)):
+        tensors = {
+            name: (DType.F32, (1,), struct.pack("<f", 1 + step * number)) for number, name in enumerate(names)
+        }
+        extra = {f"{folder}{number:02}": (DType.F32, (0,), b"") for number in range(25)}
+        write_file(tmp_path / f"{folder}.safetensors", {**tensors, **extra})
+    command = ["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    lines = CliRunner().invoke(main, command).stdout.splitlines()
+    assert lines[19:22] == ["only in A: 'a19'", "... and 5 more (--all lists them)", "only in B: 'b00'"]
+    rows = [line.split()[-1] for line in lines[43:63]]
+    assert rows == [repr(name) for name in reversed(names)][:20]
+    assert lines[63:] == [
+        "... and 9 more (--all lists them)",
+        "30 tensors compared (30 elements): 1 equal bit for bit, 29 different; 25 only in A, 25 only in B",
+        "largest distance: 40,894,464 units in the last place, in 't29'",
+        "largest difference: 29, in 't29'",
+    ]
+    assert len(CliRunner().invoke(main, [*command, "--all"]).stdout.splitlines()) == 50 + 1 + 29 + 3
+    found = json.loads(CliRunner().invoke(main, [*command, "--json"]).stdout)
+    assert (found["largest_ulp"], found["largest_absolute"], len(found["tensors"])) == ("t29", "t29", 29)

@@ -56,17 +56,16 @@ def test_every_region_holds_the_tensor_s_own_bytes(family: Path) -> None:
     for job in jobs:
         assert job.base is not None
         for folder, region in zip(paths, [job.base, *job.experts], strict=True):
-            path = plan.files[region.file]
+            path = plan.shards[region.file].path
             entry = read_header(path).tensors[job.name]
             assert path.parent == folder
             assert (region.dtype, region.start) == (entry.dtype, entry.begin)
-            assert plan.input_of(region.file).checkpoint.path == folder
     for number, (layout, shard) in enumerate(zip(plan.layouts, plan.jobs, strict=True)):
         assert [job.name for job in shard] == [tensor.name for tensor in layout.tensors]
         starts = [job.out.start for job in shard]
         assert starts == sorted(starts)
         for job in shard:
-            assert job.out == Region(DType.BF16, layout.offsets[job.name], len(plan.files) + number)
+            assert job.out == Region(DType.BF16, layout.offsets[job.name], len(plan.shards) + number)
 
 
 def test_tensors_share_one_rule(family: Path) -> None:
@@ -85,14 +84,13 @@ def test_the_base_may_be_listed_and_is_no_expert(family: Path) -> None:
 def test_linear_has_no_base_but_merges_a_listed_one(family: Path) -> None:
     plan = planned(family, method="linear")
     assert [source.checkpoint.path.name for source in plan.inputs] == ["one", "two"]
-    assert plan.donor == family / "base"
     assert all(job.base is None for shard in plan.jobs for job in shard)
     assert any("only gives the configuration" in note for note in plan.notes)
     listed = make_plan(parse_recipe(recipe_text("linear", ["base", "one"], "base"), family), None)
     assert listed.experts == 2
     assert not listed.notes
     alone = make_plan(parse_recipe(recipe_text("linear", ["two", "one"], None), family), None)
-    assert alone.donor == family / "two"
+    assert alone.side_files["config.json"]
 
 
 def test_what_has_no_effect_is_noted(family: Path) -> None:
@@ -279,7 +277,10 @@ def test_an_output_beside_an_input_file_is_fine(family: Path) -> None:
 
 
 def test_too_little_disk_space(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = planned(family).bytes_written
+    (family / "base" / "tokenizer.json").write_text("x" * 5000)
+    plan = planned(family)
+    need = plan.disk_bytes
+    assert need > plan.bytes_written + 5000
 
     class Full:
         f_bavail, f_frsize = need - 1, 1
@@ -306,6 +307,10 @@ def test_the_numbers_of_a_plan(family: Path) -> None:
     assert summary["disk_space_free"] is not None
     assert planned(family, method="dare_ties", density=0.5).bytes_read == 2 * plan.bytes_read
     assert "ties, scope model" in plan.describe()
+    assert f"expert       {family}/two (weight 1, density 0.5)" in plan.describe()
+    plain = planned(family, method="linear").describe()
+    assert "method       linear\n" in plain
+    assert f"expert       {family}/two (weight 1)\n" in plain
 
 
 def test_the_digest_tells_runs_apart(family: Path) -> None:

@@ -142,6 +142,8 @@ def test_a_resumed_run_gives_the_same_files(
     monkeypatch.setattr(fake, "calls", 10)
     summary = execute_plan(plan, family / "out", Settings(), start=fake)
     assert summary.shards_resumed == (1 if scope == "tensor" else 0)
+    resumed = f"resumed: 1 of {shards} files were finished already"
+    assert (resumed in summary.describe()) == (scope == "tensor")
     assert fake.calls - 10 == (shards - 1 if scope == "tensor" else 1)
     one, other = hashes(family / "out"), hashes(family / "whole")
     # The card's title is the output's name.
@@ -212,7 +214,7 @@ def test_an_input_that_changed_after_planning(family: Path) -> None:
     ):
         execute_plan(plan, family / "out", Settings())
     path.unlink()
-    with pytest.raises(CheckpointError, match=rf"{path.name} cannot be opened: No such file"):
+    with pytest.raises(CheckpointError, match=rf"{path.name}: the file does not exist"):
         execute_plan(plan, family / "out", Settings())
     assert not (family / "out.partial").exists()
 
@@ -237,6 +239,24 @@ class Endless:
 
     def cancel(self) -> None:
         self.cancelled.set()
+
+
+def test_a_shard_opens_only_the_files_that_it_needs(tmp_path: Path) -> None:
+    """The work must grow with the shards, not with their square."""
+    shapes = {f"t{number:02}": (4,) for number in range(40)}
+    for seed, name in enumerate(("base", "one", "two")):
+        write_checkpoint(tmp_path / name, seed, shapes=shapes, shards=40)
+    plan = make_plan(
+        parse_recipe(recipe_text("linear", ["one", "two"], "base"), tmp_path), None, max_shard_bytes=8
+    )
+    given: list[int] = []
+
+    def start(jobs: Sequence[TensorJob], scope: Scope, files: Sequence[OpenFile], how: Settings) -> NativeRun:
+        given.append(len(files))
+        return NativeRun(jobs, scope, files, how)
+
+    execute_plan(plan, tmp_path / "out", Settings(), start=start)
+    assert given == [2 + 1] * 40
 
 
 def test_an_interrupt_cancels_and_keeps_the_staging_folder(family: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from pymerge import _core
 from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
-from pymerge.job import Region, TensorJob
+from pymerge.job import IN_MEMORY, Region, TensorJob
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
 if TYPE_CHECKING:
@@ -61,8 +61,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class OpenFile:
-    """An open file and the name that messages give it."""
+    """An open file, the number that regions know it by, and the name that messages give it."""
 
+    number: int
     path: str
     fd: int
 
@@ -122,7 +123,10 @@ class NativeRun:
         settings: Settings,
         thresholds: Sequence[Sequence[Threshold]] = (),
     ) -> None:
-        """`thresholds`: those of an earlier run's report over the same inputs, which then need no search."""
+        """`files`: those that the jobs' regions name.
+
+        `thresholds`: those of an earlier run's report over the same inputs, which then need no search.
+        """
         if not 0 <= settings.threads <= MOST_THREADS:
             raise BackendError(f"threads is {settings.threads}, expected 1 to {MOST_THREADS}")
         if settings.isa not in (Isa.AUTO, *available_isas()):
@@ -131,12 +135,14 @@ class NativeRun:
         if scope is Scope.MODEL:
             _check_one_working_type(jobs)
         self._jobs = jobs
-        self._files = files
+        self._paths = {file.number: file.path for file in files}
+        # The core numbers the files of this run alone.
+        slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
         rows = np.array([_job_row(job, rules) for job in jobs], dtype=np.int64).reshape(-1, 4)
         keys = np.array([_key(job) for job in jobs], dtype=np.uint64)
-        inputs = _regions([region for job in jobs for region in _inputs(job)])
-        outs = _regions([job.out for job in jobs])
+        inputs = _regions([region for job in jobs for region in _inputs(job)], slots)
+        outs = _regions([job.out for job in jobs], slots)
         groups = _groups(jobs, scope)
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
@@ -182,7 +188,7 @@ class NativeRun:
             return OutputError(f"temporary file for undecided positions: {what}")
         job = self._jobs[number]
         region = job.out if source < 0 else _inputs(job)[source]
-        place = "memory" if region.file < 0 else self._files[region.file].path
+        place = "memory" if region.file == IN_MEMORY else self._paths[region.file]
         error = OutputError if source < 0 else CheckpointError
         return error(f"{place}: tensor {job.name!r}: {what}")
 
@@ -235,8 +241,8 @@ def _key(job: TensorJob) -> int:
     return low | high << 32
 
 
-def _regions(regions: Sequence[Region]) -> NDArray[np.int64]:
-    rows = [(r.start, r.file, r.dtype.itemsize, _code(r.dtype)) for r in regions]
+def _regions(regions: Sequence[Region], slots: Mapping[int, int]) -> NDArray[np.int64]:
+    rows = [(r.start, slots[r.file], r.dtype.itemsize, _code(r.dtype)) for r in regions]
     return np.array(rows, dtype=np.int64).reshape(-1, 4)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pymerge.checkpoint.header import shown_path
 from pymerge.errors import OutputError
 
 PART = ".part"  # suffix of a file that is not finished and never trusted
@@ -29,7 +28,7 @@ def writing(path: Path) -> Iterator[None]:
             with suppress(OSError):
                 found = os.statvfs(path.parent)
                 reason += f", {found.f_bavail * found.f_frsize} bytes are free"
-        raise OutputError(f"{shown_path(path)}: cannot be written: {reason}") from error
+        raise OutputError(f"{path}: cannot be written: {reason}") from error
 
 
 def create_part(path: Path) -> int:

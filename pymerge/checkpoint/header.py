@@ -12,16 +12,15 @@ import json
 import math
 import os
 import re
-import reprlib
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymerge.dtypes import BY_HEADER_NAME, DType
-from pymerge.errors import CheckpointError, OutputError
+from pymerge.errors import OutputError
+from pymerge.files import LFS_MAGIC, LFS_POINTER, Malformed, read_exactly, reading
+from pymerge.text import shown
 
 MAX_HEADER_BYTES = 25_000_000  # huggingface_hub's own limit; hostile JSON costs up to 23 times its size
 MAX_RANK = 64
@@ -31,10 +30,7 @@ METADATA_KEY = "__metadata__"
 _ODD_NUMBER = re.compile(rb"-|\d{19}")  # where there is none, json's own fast integers are all sizes
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FOREIGN = (
-    (
-        (b"version https://git-lfs",),
-        "a git-LFS pointer and not the file itself; fetch it with `git lfs pull`",
-    ),
+    ((LFS_MAGIC,), LFS_POINTER),
     (
         (b"PK\x03\x04",),
         "a zip archive as torch.save writes; pickled weights are refused, convert to safetensors",
@@ -78,71 +74,15 @@ class Header:
     mtime_ns: int
 
 
-class Malformed(ValueError):
-    """What is wrong with a text or header, as a clause without the file's name."""
-
-
-def shown(value: object) -> str:
-    """`value` for a message: control characters escaped, long names and lists shortened."""
-    brief = reprlib.Repr()
-    brief.maxstring, brief.maxlist, brief.maxother = 120, 8, 60
-    return brief.repr(value)
-
-
-def shown_path(path: Path) -> str:
-    """`path` for a message: as it is when printable, else escaped."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)
-
-
-@contextmanager
-def open_regular(path: Path) -> Iterator[int]:
-    """A read-only descriptor of a regular file; anything else, or no file, is a CheckpointError."""
-    try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        broken = os.path.islink(path)
-        what = "the symbolic link leads to no file" if broken else "the file does not exist"
-        raise CheckpointError(f"{shown_path(path)}: {what}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{shown_path(path)}: the file cannot be opened: {reason}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CheckpointError(f"{shown_path(path)}: this is not a regular file")
-        yield fd
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)}: the file cannot be read: {error.strerror}") from error
-    finally:
-        os.close(fd)
-
-
-def read_exactly(fd: int, count: int, offset: int) -> bytes:
-    """`count` bytes from `offset`; Malformed when the file ends before them."""
-    parts = []
-    while count > 0:
-        part = os.pread(fd, count, offset)
-        if not part:
-            raise Malformed(f"the file is truncated: it ends at byte {offset}, expected {count} bytes more")
-        parts.append(part)
-        count -= len(part)
-        offset += len(part)
-    return b"".join(parts)
-
-
 def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
     """The checked header of one safetensors file.
 
     Raises CheckpointError with one sentence naming the file, and the tensor where there is one.
     """
-    with open_regular(path) as fd:
+    with reading(path) as fd:
         status = os.fstat(fd)
-        try:
-            raw = _raw_header(fd, status.st_size, max_header_bytes)
-            tensors, metadata = _parse(raw, status.st_size)
-        except Malformed as problem:
-            raise CheckpointError(f"{shown_path(path)}: {problem}") from None
+        raw = _raw_header(fd, status.st_size, max_header_bytes)
+        tensors, metadata = _parse(raw, status.st_size)
     return Header(tensors, metadata, hashlib.sha256(raw).hexdigest(), status.st_size, status.st_mtime_ns)
 
 

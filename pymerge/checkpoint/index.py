@@ -9,19 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pymerge.checkpoint.header import (
-    MAX_HEADER_BYTES,
-    Header,
-    Malformed,
-    TensorEntry,
-    open_regular,
-    parse_object,
-    read_exactly,
-    read_header,
-    shown,
-    shown_path,
-)
+from pymerge.checkpoint.header import MAX_HEADER_BYTES, Header, TensorEntry, parse_object, read_header
 from pymerge.errors import CheckpointError, ProblemList
+from pymerge.files import Malformed, is_file_name, read_file
+from pymerge.text import shown
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -85,10 +76,10 @@ def _is_folder(path: Path) -> bool:
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
-        raise CheckpointError(f"{shown_path(path)}: no such folder or file") from None
+        raise CheckpointError(f"{path}: no such folder or file") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{shown_path(path)}: the folder cannot be opened: {reason}") from None
+        raise CheckpointError(f"{path}: the folder cannot be opened: {reason}") from None
 
 
 def _weights_of(folder: Path) -> Path:
@@ -96,7 +87,7 @@ def _weights_of(folder: Path) -> Path:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise CheckpointError(f"{shown_path(folder)}: the folder cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{folder}: the folder cannot be read: {error.strerror}") from None
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     files = [name for name in names if name.endswith(_SUFFIX)]
     if INDEX_NAME in indexes:
@@ -113,13 +104,13 @@ def _weights_of(folder: Path) -> Path:
 
 def _ambiguous(folder: Path, names: Sequence[str]) -> str:
     return (
-        f"{shown_path(folder)}: the folder is ambiguous, it holds {' and '.join(map(shown, names))};"
+        f"{folder}: the folder is ambiguous, it holds {' and '.join(map(shown, names))};"
         " remove all but one or name the file"
     )
 
 
 def _only_file(folder: Path, files: Sequence[str], names: Sequence[str]) -> str:
-    where = shown_path(folder)
+    where = folder
     number = _SHARD_NUMBER.search(files[0]) if files else None
     if len(files) > 1 or (number and int(number[2]) != 1):
         listed = ", ".join(map(shown, files[:3])) + (", ..." if len(files) > 3 else "")
@@ -140,7 +131,7 @@ def _indexed_shards(folder: Path, index: Path) -> list[Shard]:
     weight_map = _read_index(index)
     file_names = sorted(set(weight_map.values()))
     problems = [
-        f"{shown_path(index)}: {shown(name)} is not the plain name of a {_SUFFIX} file in the same folder"
+        f"{index}: {shown(name)} is not the plain name of a {_SUFFIX} file in the same folder"
         for name in file_names
         if not _is_plain(name)
     ]
@@ -151,9 +142,7 @@ def _indexed_shards(folder: Path, index: Path) -> list[Shard]:
     headers: dict[str, Header] = {}
     for name in file_names:
         if not os.path.lexists(folder / name):
-            problems.append(
-                f"{shown_path(folder / name)}: this shard is missing, {shown(index.name)} names it"
-            )
+            problems.append(f"{folder / name}: this shard is missing, {shown(index.name)} names it")
             continue
         try:
             headers[name] = read_header(folder / name)
@@ -171,29 +160,22 @@ def _refuse(problems: Sequence[str]) -> None:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The checked weight_map: tensor name to file name."""
-    with open_regular(path) as fd:
-        size = os.fstat(fd).st_size
-        try:
-            if size > MAX_HEADER_BYTES:
-                raise Malformed(f"the index has {size} bytes, allowed are at most {MAX_HEADER_BYTES}")
-            weight_map = parse_object(read_exactly(fd, size, 0)).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise Malformed("the index has no weight_map that lists tensors")
-            for tensor, file_name in weight_map.items():
-                if not isinstance(file_name, str):
-                    raise Malformed(f"the index gives tensor {shown(tensor)} no file name")
-        except Malformed as problem:
-            raise CheckpointError(f"{shown_path(path)}: {problem}") from None
+    data = read_file(path, MAX_HEADER_BYTES)
+    try:
+        weight_map = parse_object(data).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise Malformed("the index has no weight_map that lists tensors")
+        for tensor, file_name in weight_map.items():
+            if not isinstance(file_name, str):
+                raise Malformed(f"the index gives tensor {shown(tensor)} no file name")
+    except Malformed as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
     return weight_map
 
 
 def _is_plain(name: str) -> bool:
-    """One path component on every system, that ends in .safetensors and can be a file name."""
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return name.endswith(_SUFFIX) and name != _SUFFIX and not set(name) & set("/\\:\0")
+    """One path component on every system, that ends in .safetensors."""
+    return is_file_name(name) and name.endswith(_SUFFIX) and name != _SUFFIX and not set(name) & set("\\:")
 
 
 def _disagreements(
@@ -209,18 +191,18 @@ def _disagreements(
         listed = weight_map.get(tensor)
         if len(found) > 1:
             files = " and ".join(map(shown, found))
-            twice.append(f"{shown_path(folder)}: tensor {shown(tensor)} lies in {files}, expected one file")
+            twice.append(f"{folder}: tensor {shown(tensor)} lies in {files}, expected one file")
         elif listed is None:
-            where = shown_path(folder / found[0])
+            where = folder / found[0]
             unlisted.append(f"{where}: tensor {shown(tensor)} is in the file but not in {shown(index.name)}")
         elif listed != found[0]:
-            where = shown_path(index)
+            where = index
             elsewhere.append(
                 f"{where}: tensor {shown(tensor)} is listed in {shown(listed)} but lies in {shown(found[0])}"
             )
     for tensor, listed in weight_map.items():
         if listed in headers and tensor not in places:
-            where = shown_path(folder / listed)
+            where = folder / listed
             absent.append(f"{where}: tensor {shown(tensor)} is in {shown(index.name)} but not in the file")
     return [line for kind in (twice, unlisted, elsewhere, absent) for line in _shortened(kind)]
 

@@ -8,9 +8,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pymerge.checkpoint.header import encode_header, shown
+from pymerge.checkpoint.header import encode_header
 from pymerge.dtypes import DType
 from pymerge.errors import PymergeError
+from pymerge.text import shown
 
 FILE_PATTERN = "model{suffix}.safetensors"
 METADATA = {"format": "pt"}  # transformers refuses files without it

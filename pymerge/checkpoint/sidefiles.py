@@ -7,14 +7,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from pymerge.checkpoint.header import Malformed, open_regular, read_exactly, shown_path
 from pymerge.dtypes import DType
-from pymerge.errors import CheckpointError
+from pymerge.errors import CheckpointError, ProblemList
+from pymerge.files import Malformed, json_object, read_file
 
 # An allow-list: whatever else lies there (code, optimizer state, pickles) never travels.
+CONFIG_NAME = "config.json"
 SIDE_FILES = (
-    "config.json",
+    CONFIG_NAME,
     "generation_config.json",
     "tokenizer_config.json",
     "tokenizer.json",
@@ -39,48 +41,66 @@ SIDE_FILES = (
     "NOTICE.md",
 )
 MAX_SIDE_FILE_BYTES = 256 * 2**20  # the largest tokenizers are a tenth of this
+MAX_CONFIG_BYTES = 10_000_000
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _HUB_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 
 
-def collect(base: Path, dtype: DType | None) -> dict[str, bytes]:
+def collect(base: Path) -> dict[str, bytes]:
     """The allow-listed files beside the weights at `base`, a folder or one file in it.
 
-    config.json gets `dtype` under whichever of "dtype" and "torch_dtype" it has (both, when both),
-    else under "torch_dtype"; `dtype` None leaves it as it is. Raises CheckpointError.
+    Raises ProblemList naming each file that cannot be read, and a config.json that is none.
     """
-    folder = base if base.is_dir() else base.parent
-    files = {name: _read(folder / name) for name in SIDE_FILES if os.path.lexists(folder / name)}
-    if dtype is not None and "config.json" in files:
-        files["config.json"] = _with_dtype(folder / "config.json", files["config.json"], dtype)
+    folder = folder_of(base)
+    files: dict[str, bytes] = {}
+    problems = []
+    for name in SIDE_FILES:
+        try:
+            if os.path.lexists(folder / name):
+                files[name] = read_file(folder / name, MAX_SIDE_FILE_BYTES)
+        except CheckpointError as problem:
+            problems.append(str(problem))
+    try:
+        read_config(base)
+    except CheckpointError as problem:
+        problems.append(str(problem))
+    if problems:
+        raise ProblemList(list(dict.fromkeys(problems)))
     return files
 
 
-def _read(path: Path) -> bytes:
-    with open_regular(path) as fd:
-        size = os.fstat(fd).st_size
-        if size > MAX_SIDE_FILE_BYTES:
-            raise CheckpointError(
-                f"{shown_path(path)}: the file has {size} bytes, allowed are at most {MAX_SIDE_FILE_BYTES}"
-            )
-        try:
-            return read_exactly(fd, size, 0)
-        except Malformed as problem:
-            raise CheckpointError(f"{shown_path(path)}: {problem}") from None
+def folder_of(checkpoint: Path) -> Path:
+    """The folder that the weights lie in, given that or the file."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
-def _with_dtype(path: Path, text: bytes, dtype: DType) -> bytes:
+def read_config(checkpoint: Path) -> dict[str, Any]:
+    """What config.json beside the weights says, nothing when there is none; else CheckpointError."""
+    path = folder_of(checkpoint) / CONFIG_NAME
+    if not os.path.lexists(path):
+        return {}
+    data = read_file(path, MAX_CONFIG_BYTES)
     try:
-        config = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{shown_path(path)}: the file is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{shown_path(path)}: the JSON is not an object")
-    for key in [key for key in _DTYPE_KEYS if key in config] or ["torch_dtype"]:
-        config[key] = dtype.torch_name
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+        return json_object(data)
+    except Malformed as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
+
+
+def with_dtype(path: Path, config: bytes, dtype: DType) -> bytes:
+    """`config`, the text of `path`, with `dtype` under "dtype" or "torch_dtype", whichever it has (or both).
+
+    With neither it goes under "torch_dtype". Raises CheckpointError.
+    """
+    try:
+        content = json_object(config)
+        for key in [key for key in _DTYPE_KEYS if key in content] or ["torch_dtype"]:
+            content[key] = dtype.torch_name
+        # Plain ASCII, as transformers writes it: half a surrogate pair has no other form.
+        return (json.dumps(content, indent=2) + "\n").encode("ascii")
+    except (Malformed, RecursionError) as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
 
 
 def model_card(

@@ -37,16 +37,15 @@ from pymerge.checkpoint.durable import (
     write_file,
     writing,
 )
-from pymerge.checkpoint.header import shown, shown_path
 from pymerge.checkpoint.layout import ShardLayout
-from pymerge.errors import OutputError, PymergeError
+from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME, Record, is_record, read_object, records_of
+from pymerge.errors import CheckpointError, OutputError, PymergeError
+from pymerge.files import Malformed, hash_file
+from pymerge.text import shown
 
-PLAN_NAME = "merge.plan.json"
-MANIFEST_NAME = "merge.manifest.json"
 LOCK_NAME = ".lock"
 
 _DONE = ".done"
-_BLOCK = 1 << 20
 _LOCK_ATTEMPTS = 5
 _DIFFERENCES_SHOWN = 5
 
@@ -64,8 +63,8 @@ class Staging:
         self._lock = lock
         self._plan = plan
         self._made = made  # parents of the output that did not exist before
-        self._manifest: Mapping[str, Any] | None = None
-        self._records: dict[str, dict[str, Any]] = {}
+        self._published: dict[str, Record] | None = None  # every file, once the manifest lists them
+        self._records: dict[str, Record] = {}
         self._open_shards: set[int] = set()
 
     @classmethod
@@ -89,7 +88,7 @@ class Staging:
                 if fresh:
                     write_file(staging.folder / PLAN_NAME, _json_bytes(plan))
                     flush_folder(staging.folder)
-                elif staging._manifest is None:
+                elif staging._published is None:
                     staging._clean()
         except BaseException as error:
             staging._leave(remove=fresh and isinstance(error, PymergeError))
@@ -98,9 +97,14 @@ class Staging:
 
     def _resumes(self) -> bool:
         """Whether the folder holds an earlier run of this plan; OutputError when of another."""
-        self._manifest = _read_json(self.folder / MANIFEST_NAME)
+        manifest = _read_own(self.folder / MANIFEST_NAME)
+        if manifest is not None:
+            try:
+                self._published = records_of(manifest)
+            except Malformed as problem:
+                raise _damaged(self.folder / MANIFEST_NAME, problem) from None
         # The manifest repeats the plan, whose own file is removed before the last rename.
-        found = self._manifest.get("plan") if self._manifest else _read_json(self.folder / PLAN_NAME)
+        found = manifest.get("plan") or {} if manifest else _read_own(self.folder / PLAN_NAME)
         if found is not None:
             _refuse_difference(self.folder, found, self._plan)
         return found is not None
@@ -128,17 +132,17 @@ class Staging:
             return True
         return any(name.endswith(_DONE) or name == MANIFEST_NAME for name in names)
 
-    def done(self, layout: ShardLayout) -> dict[str, Any] | None:
+    def done(self, layout: ShardLayout) -> Record | None:
         """The record of a shard that an earlier run finished, else None."""
         name = layout.file_name
-        listed = self._manifest["files"] if self._manifest else {}
+        listed = self._published or {}
         with writing(self.folder / name):
-            record = listed.get(name) or _read_json(self.folder / (name + _DONE))
+            record = listed.get(name) or _read_own(self.folder / (name + _DONE))
             size = size_of(self.folder / name)
-        if record is None or size != layout.size or record.get("size") != layout.size:
+        if record is None or not is_record(record) or not size == record["size"] == layout.size:
             if listed:
                 raise OutputError(
-                    f"{shown_path(self.folder / name)}: the finished file was changed, it has {size} bytes,"
+                    f"{self.folder / name}: the finished file was changed, it has {size} bytes,"
                     f" expected {layout.size}; remove the folder to start anew"
                 )
             return None
@@ -178,9 +182,7 @@ class Staging:
                 os.fsync(fd)
                 size = os.fstat(fd).st_size
                 if size != layout.size:
-                    raise OutputError(
-                        f"{shown_path(path)}: the file has {size} bytes, expected {layout.size}"
-                    )
+                    raise OutputError(f"{path}: the file has {size} bytes, expected {layout.size}")
                 full = {**record, "sha256": record.get("sha256") or hash_file(fd), "size": size}
             except BaseException:
                 self._discard(path, fd)
@@ -199,9 +201,9 @@ class Staging:
         file with what the done records hold. When an earlier run had written its manifest, that
         one stands, and only the rename is done.
         """
-        if self._manifest is None:
-            self._manifest = self._write_manifest(files, manifest)
-        keep = {*self._manifest["files"], MANIFEST_NAME}
+        if self._published is None:
+            self._published = self._write_manifest(files, manifest)
+        keep = {*self._published, MANIFEST_NAME}
         with writing(self.out):
             # The lock goes last, so that no second run moves in while files are being removed.
             for name in sorted(set(os.listdir(self.folder)) - keep, key=_lock_last):
@@ -213,7 +215,9 @@ class Staging:
             with suppress(FileNotFoundError):  # of a second run that came between unlink and rename
                 os.unlink(self.out / LOCK_NAME)
 
-    def _write_manifest(self, files: Mapping[str, bytes], manifest: Mapping[str, object]) -> dict[str, Any]:
+    def _write_manifest(
+        self, files: Mapping[str, bytes], manifest: Mapping[str, object]
+    ) -> dict[str, Record]:
         taken = {"", ".", "..", MANIFEST_NAME, PLAN_NAME, LOCK_NAME, *self._records}
         listed = dict(self._records)
         for name, data in files.items():
@@ -227,7 +231,7 @@ class Staging:
             flush_folder(self.folder)
             write_file(self.folder / MANIFEST_NAME, _json_bytes(full))
             flush_folder(self.folder)
-        return full
+        return listed
 
     def _close(self, fd: int) -> None:
         self._open_shards.discard(fd)
@@ -255,23 +259,6 @@ class Staging:
         os.close(self._lock)
 
 
-def hash_file(file: Path | int) -> str:
-    """The sha256, in hex, of a whole file given by path or descriptor; reads 1 MiB at a time."""
-    if not isinstance(file, int):
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return hash_file(fd)
-        finally:
-            os.close(fd)
-    block = memoryview(bytearray(_BLOCK))
-    total = hashlib.sha256()
-    offset = 0
-    while got := os.preadv(file, [block], offset):
-        total.update(block[:got])
-        offset += got
-    return total.hexdigest()
-
-
 def _folder_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
@@ -283,7 +270,7 @@ def _lock_last(name: str) -> tuple[bool, bool, str]:
 
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
-        raise OutputError(f"{shown_path(out)}: the output exists already; remove it or choose another name")
+        raise OutputError(f"{out}: the output exists already; remove it or choose another name")
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -295,8 +282,7 @@ def _refuse_foreign(folder: Path) -> None:
     known = names & {PLAN_NAME, MANIFEST_NAME} or names <= {LOCK_NAME, PLAN_NAME + PART}
     if not known or os.path.islink(folder):
         raise OutputError(
-            f"{shown_path(folder)}: the folder is in the way and is no unfinished run;"
-            " remove it or choose another output"
+            f"{folder}: the folder is in the way and is no unfinished run; remove it or choose another output"
         )
 
 
@@ -305,7 +291,7 @@ def _refuse_difference(folder: Path, found: Any, plan: Mapping[str, Any]) -> Non
     if lines:
         more = [f"and {len(lines) - _DIFFERENCES_SHOWN} more"] if len(lines) > _DIFFERENCES_SHOWN else []
         raise OutputError(
-            f"{shown_path(folder)}: the folder holds an unfinished run of another plan"
+            f"{folder}: the folder holds an unfinished run of another plan"
             f" ({'; '.join([*lines[:_DIFFERENCES_SHOWN], *more])}); remove it to start anew"
         )
 
@@ -354,13 +340,13 @@ def _take_lock(out: Path) -> int:
         except BlockingIOError:
             holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
             os.close(fd)
-            raise OutputError(f"{shown_path(out)}: another run is writing it ({shown(holder)})") from None
+            raise OutputError(f"{out}: another run is writing it ({shown(holder)})") from None
         except BaseException:
             os.close(fd)
             raise
         _undo_late_lock(out, fd)
         _refuse_existing(out)
-    raise OutputError(f"{shown_path(folder)}: the folder comes and goes; other runs use this output")
+    raise OutputError(f"{folder}: the folder comes and goes; other runs use this output")
 
 
 def _is_same(fd: int, path: Path) -> bool:
@@ -380,17 +366,17 @@ def _undo_late_lock(out: Path, fd: int) -> None:
     os.close(fd)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_own(path: Path) -> dict[str, Any] | None:
     """The object in a file of our own; None when there is no file."""
     try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise OutputError(f"{shown_path(path)}: the file is damaged; remove the folder to start anew")
-    return found
+        return read_object(path)
+    except CheckpointError as problem:
+        raise _damaged(path, problem) from None
+
+
+def _damaged(path: Path, problem: object) -> OutputError:
+    detail = str(problem).removeprefix(f"{path}: ")
+    return OutputError(f"{path}: the file is damaged ({detail}); remove the folder to start anew")
 
 
 def _json_bytes(value: object) -> bytes:

@@ -16,10 +16,11 @@ from typing import Any, TypeAlias
 
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
 from pymerge.checkpoint.durable import writing
-from pymerge.checkpoint.header import Header, shown_path
+from pymerge.checkpoint.header import Header
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.errors import CheckpointError
+from pymerge.files import open_regular
 from pymerge.job import TensorJob
 from pymerge.planner import Plan, bytes_read_by
 from pymerge.rule import Scope, Trim
@@ -30,10 +31,10 @@ from pymerge.run.results import Summary, manifest, side_files
 Start: TypeAlias = Callable[[Sequence[TensorJob], Scope, Sequence[OpenFile], Settings], NativeRun]
 
 POLL_SECONDS = 0.02
+FIRST_POLL_SECONDS = 0.0005  # doubled each time: a tiny shard must not cost a whole poll
 SETTLE_SECONDS = 0.01
 # What a done record keeps of a report, so that a resumed run can tell the whole.
 COUNTS = ("undecided", "fallbacks", "nan_outputs")
-NOT_OPEN = -1
 
 
 def execute_plan(
@@ -158,9 +159,11 @@ class _Runner:
         """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
         worker = _Worker(run)
         worker.thread.start()
+        pause = FIRST_POLL_SECONDS
         try:
             while not worker.ended:
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_SECONDS)
                 if hasher is not None:
                     hasher.follow(run.finished)
                 self.progress.update(self.done_bytes + run.bytes_done)
@@ -225,35 +228,31 @@ class _Worker:
 def _open_files(
     plan: Plan, jobs: Sequence[TensorJob], outputs: Mapping[int, int], folder: Path
 ) -> Iterator[list[OpenFile]]:
-    """The plan's files by number: the jobs' inputs opened for reading, the given outputs, others not open.
+    """The files that the jobs name: their inputs opened for reading, and the given outputs.
 
     Raises CheckpointError when an input is not the file that was planned with.
     """
     needed = {region.file for job in jobs for region in job.experts}
     needed.update(job.base.file for job in jobs if job.base)
-    shards = [shard for source in plan.inputs for shard in source.checkpoint.shards]
     with ExitStack() as stack:
         files = []
-        opened = []
-        for number, shard in enumerate(shards):
-            fd = NOT_OPEN
-            if number in needed:
-                fd = _open_input(shard.path, shard.header)
-                stack.callback(os.close, fd)
-                opened.append((fd, shard))
-            files.append(OpenFile(str(shard.path), fd))
-        for number, layout in enumerate(plan.layouts):
-            files.append(OpenFile(str(folder / layout.file_name), outputs.get(number, NOT_OPEN)))
+        for number in sorted(needed):
+            shard = plan.shards[number]
+            fd = _open_input(shard.path, shard.header)
+            stack.callback(os.close, fd)
+            files.append(OpenFile(number, str(shard.path), fd))
+        inputs = tuple(files)
+        for number, fd in outputs.items():
+            path = folder / plan.layouts[number].file_name
+            files.append(OpenFile(len(plan.shards) + number, str(path), fd))
         yield files
-        for fd, shard in opened:
-            _check_unchanged(fd, shard.path, shard.header)
+        for file in inputs:
+            shard = plan.shards[file.number]
+            _check_unchanged(file.fd, shard.path, shard.header)
 
 
 def _open_input(path: Path, header: Header) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise CheckpointError(f"{shown_path(path)} cannot be opened: {error.strerror}") from error
+    fd = open_regular(path)
     try:
         _check_unchanged(fd, path, header)
     except CheckpointError:
@@ -269,7 +268,7 @@ def _check_unchanged(fd: int, path: Path, header: Header) -> None:
     what = (
         f"it has {state.st_size:,} bytes, expected {size:,}" if state.st_size != size else "its time differs"
     )
-    raise CheckpointError(f"{shown_path(path)} was changed after the merge was planned: {what}")
+    raise CheckpointError(f"{path} was changed after the merge was planned: {what}")
 
 
 def _raise_file_limit() -> None:

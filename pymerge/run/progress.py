@@ -33,14 +33,14 @@ class Silent:
 class Bar:
     """A bar with bytes, GB/s and time left on a terminal; a context manager. Nothing elsewhere."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
         self._bar: RichProgress | None = None
         self._task: TaskID | None = None
 
     def begin(self, total: int) -> None:
         """Draw the bar, if the stream is a terminal."""
-        if not self._stream.isatty():
+        if self._stream is None or not self._stream.isatty():
             return
         from rich.console import Console
         from rich.progress import (

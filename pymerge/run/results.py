@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pymerge.checkpoint.index import INDEX_NAME
-from pymerge.checkpoint.layout import index_json
-from pymerge.checkpoint.sidefiles import collect, model_card
-from pymerge.dtypes import DType
+from pymerge.checkpoint.sidefiles import model_card
 from pymerge.planner import Plan
+from pymerge.text import printable
 from pymerge.version import NUMERICS_VERSION, VERSION
 
 MANIFEST_SCHEMA = 1
-RECIPE_NAME = "mergekit_config.yml"
 CARD_NAME = "README.md"
 
 
@@ -54,10 +50,13 @@ class Summary:
         """The result in two or three lines."""
         speed = (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e9
         lines = [
-            f"{self.out}: {self.tensors:,} tensors of {self.experts} experts merged by {self.method}",
+            f"{printable(self.out)}: {self.tensors:,} tensors of {self.experts} experts"
+            f" merged by {self.method}",
             f"{self.seconds:.2f} s, {self.bytes_read:,} bytes read, {self.bytes_written:,} written,"
             f" {speed:.2f} GB/s, peak memory {self.peak_memory / 1e6:,.0f} MB",
         ]
+        if self.shards_resumed:
+            lines.append(f"resumed: {self.shards_resumed:,} of {self.shards:,} files were finished already")
         if self.nan_outputs:
             lines.append(f"warning: {self.nan_outputs:,} elements of the result are NaN")
         return "\n".join(lines)
@@ -95,7 +94,7 @@ def manifest(plan: Plan, summary: Summary) -> dict[str, object]:
 
 def side_files(plan: Plan, out: Path) -> dict[str, bytes]:
     """Every file of the output but the weights and the manifest, by name."""
-    files = collect(plan.donor, _main_dtype(plan))
+    files = dict(plan.side_files)
     experts = [str(source.checkpoint.path) for source in plan.inputs if not source.is_base]
     files[CARD_NAME] = model_card(
         name=out.name,
@@ -105,18 +104,4 @@ def side_files(plan: Plan, out: Path) -> dict[str, bytes]:
         recipe=plan.recipe.text,
         paper=plan.method.paper,
     )
-    files[RECIPE_NAME] = plan.recipe.text.encode("utf-8")
-    index = index_json(plan.layouts)
-    if index is not None:
-        files[INDEX_NAME] = index
     return files
-
-
-def _main_dtype(plan: Plan) -> DType | None:
-    """The float type that most of the output's elements have; what config.json should say."""
-    elements: Counter[DType] = Counter()
-    for shard in plan.jobs:
-        for job in shard:
-            if job.rule is not None:
-                elements[job.out.dtype] += job.count
-    return elements.most_common(1)[0][0] if elements else None

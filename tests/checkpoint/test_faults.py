@@ -24,7 +24,8 @@ import pytest
 from commit_script import NAMES, PLAN, run
 
 import pymerge.errors
-from pymerge.checkpoint.staging import LOCK_NAME, MANIFEST_NAME, Staging
+from pymerge.checkpoint.manifest import MANIFEST_NAME
+from pymerge.checkpoint.staging import LOCK_NAME, Staging
 from pymerge.errors import OutputError, PymergeError
 
 HERE = Path(__file__).parent

@@ -183,7 +183,7 @@ def test_index_that_is_no_file_or_too_large(tmp_path: Path) -> None:
     (tmp_path / INDEX).unlink()
     with (tmp_path / INDEX).open("wb") as file:
         file.truncate(25_000_001)
-    assert "allowed are at most 25000000" in problem(tmp_path)
+    assert "allowed are at most 25,000,000" in problem(tmp_path)
 
 
 def test_one_missing_shard_is_one_error(sharded: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from commit_script import MANIFEST, NAMES, PLAN, SIDE_FILES, layout, run, write_shard
 
-from pymerge.checkpoint.staging import MANIFEST_NAME, PLAN_NAME, Staging
+from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME
+from pymerge.checkpoint.staging import Staging
 from pymerge.errors import OutputError
 
 FIRST, SECOND = map(layout, NAMES)
@@ -65,6 +66,33 @@ def test_a_changed_file_under_a_manifest_is_refused(out: Path, monkeypatch: pyte
     with pytest.raises(OutputError, match="the finished file was changed, it has 3 bytes"):
         run(out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        '{"files": []}',
+        '{"files": {"x": {}}}',
+        '{"files": {"x": {"size": 1, "sha256": "", "undecided": []}}}',
+        '{"files": {"../x": {"size": 1, "sha256": ""}}}',
+        '{"files": {"\\ud800": {"size": 1, "sha256": ""}}}',
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(text: str, out: Path) -> None:
+    folder_of(out).mkdir()
+    (folder_of(out) / MANIFEST_NAME).write_text(text)
+    with pytest.raises(OutputError, match=r"the file is damaged .* remove the folder to start anew"):
+        Staging.open(out, PLAN)
+    assert (folder_of(out) / MANIFEST_NAME).exists()
+
+
+def test_a_manifest_without_a_plan_is_of_another_plan(out: Path) -> None:
+    folder_of(out).mkdir()
+    (folder_of(out) / MANIFEST_NAME).write_text('{"files": {}}')
+    with pytest.raises(OutputError, match="holds an unfinished run of another plan"):
+        Staging.open(out, PLAN)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(out: Path) -> None:

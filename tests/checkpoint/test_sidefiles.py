@@ -11,17 +11,17 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from pymerge.checkpoint.sidefiles import collect, hub_name, model_card
+from pymerge.checkpoint.sidefiles import collect, hub_name, model_card, with_dtype
 from pymerge.dtypes import DType
-from pymerge.errors import CheckpointError
+from pymerge.errors import ProblemList
 
 
 def config(folder: Path, **keys: object) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", **keys, "hidden_size": 64}))
 
 
-def config_out(folder: Path, dtype: DType | None) -> Any:
-    return json.loads(collect(folder, dtype)["config.json"])
+def config_out(folder: Path, dtype: DType) -> Any:
+    return json.loads(with_dtype(folder / "config.json", collect(folder)["config.json"], dtype))
 
 
 def test_only_listed_files_travel(tmp_path: Path) -> None:
@@ -45,14 +45,14 @@ def test_only_listed_files_travel(tmp_path: Path) -> None:
     for name in wanted | unwanted:
         (tmp_path / name).write_bytes(b"{}")
     (tmp_path / "tokenizer.json").write_bytes(b"\x00\xff not touched\r\n")
-    found = collect(tmp_path, None)
+    found = collect(tmp_path)
     assert set(found) == wanted
     assert found["tokenizer.json"] == b"\x00\xff not touched\r\n"
-    assert collect(tmp_path / "model.safetensors", None) == found
+    assert collect(tmp_path / "model.safetensors") == found
 
 
 def test_an_empty_folder_gives_nothing(tmp_path: Path) -> None:
-    assert collect(tmp_path, DType.BF16) == {}
+    assert collect(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_config_gets_the_dtype_under_the_key_it_has(
 def test_the_rest_of_the_config_is_kept(tmp_path: Path) -> None:
     text = '{"z": 1, "name": "ü", "limit": [0.0, Infinity], "dtype": "float32", "eps": 1e-05}'
     (tmp_path / "config.json").write_text(text)
-    assert collect(tmp_path, None)["config.json"] == text.encode()
+    assert collect(tmp_path)["config.json"] == text.encode()
     found = config_out(tmp_path, DType.F16)
     assert list(found) == ["z", "name", "limit", "dtype", "eps"]
     assert found == {"z": 1, "name": "ü", "limit": [0.0, float("inf")], "dtype": "float16", "eps": 1e-5}
@@ -83,23 +83,23 @@ def test_the_rest_of_the_config_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff{}", b"[" * 100_000])
 def test_a_damaged_config_is_named(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(CheckpointError, match="JSON") as caught:
-        collect(tmp_path, DType.F16)
+    with pytest.raises(ProblemList, match="JSON") as caught:
+        collect(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_only_regular_files_and_links_to_them(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(b"text")
     (tmp_path / "LICENSE").symlink_to("blob")
-    assert collect(tmp_path, None) == {"LICENSE": b"text"}
+    assert collect(tmp_path) == {"LICENSE": b"text"}
     os.mkfifo(tmp_path / "tokenizer.json")
-    with pytest.raises(CheckpointError, match="not a regular file"):
-        collect(tmp_path, None)
+    with pytest.raises(ProblemList, match="not a regular file"):
+        collect(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(2**29)
-    with pytest.raises(CheckpointError, match="allowed are at most"):
-        collect(tmp_path, None)
+    with pytest.raises(ProblemList, match="allowed are at most"):
+        collect(tmp_path)
 
 
 RECIPE = "merge_method: ties\nbase_model: org/base\nmodels:\n  - model: /data/x\n# ```\n"

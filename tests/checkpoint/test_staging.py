@@ -17,8 +17,10 @@ import pytest
 from commit_script import MANIFEST, NAMES, PLAN, SIDE_FILES, data_of, layout, run, write_shard
 
 from pymerge.checkpoint.header import read_header
-from pymerge.checkpoint.staging import LOCK_NAME, MANIFEST_NAME, PLAN_NAME, Staging, hash_file
+from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME
+from pymerge.checkpoint.staging import LOCK_NAME, Staging
 from pymerge.errors import CheckpointError, OutputError
+from pymerge.files import hash_file
 
 FIRST, SECOND = map(layout, NAMES)
 
@@ -371,13 +373,10 @@ def test_output_beside_a_link_and_by_relative_path(tmp_path: Path, monkeypatch: 
     assert os.listdir(tmp_path / "real") == ["out"]
 
 
-def test_hash_file(tmp_path: Path) -> None:
-    data = os.urandom(3 * 2**20 + 17)
-    path = tmp_path / "x"
-    path.write_bytes(data)
-    assert hash_file(path) == hashlib.sha256(data).hexdigest()
-    with path.open("rb") as file:
+@pytest.mark.parametrize("size", [0, 3 * 2**20 + 17])
+def test_hash_file(size: int, tmp_path: Path) -> None:
+    data = os.urandom(size)
+    (tmp_path / "x").write_bytes(data)
+    with (tmp_path / "x").open("rb") as file:
         file.seek(5)
-        assert hash_file(file.fileno()) == hash_file(path)
-    path.write_bytes(b"")
-    assert hash_file(path) == hashlib.sha256(b"").hexdigest()
+        assert hash_file(file.fileno()) == hashlib.sha256(data).hexdigest()

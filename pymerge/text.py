@@ -1,0 +1,19 @@
+"""Text from outside (names, paths, contents of files), made safe to print."""
+
+from __future__ import annotations
+
+import reprlib
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what no terminal should be sent (controls, half surrogates) escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """`value` for a message: control characters escaped, long names and lists shortened."""
+    brief = reprlib.Repr()
+    brief.maxstring, brief.maxlist, brief.maxother = 120, 8, 60
+    return brief.repr(value)
