@@ -217,9 +217,7 @@ class MapKernel {
   V* entries_;  // [experts][kGroup] trimmed, weighted task vectors
   Raw* tail_;   // padded copies of a short last group
   const Raw** tail_expert_;
-  uint16_t*
-      fields_[2];  // this group's, the last one's [experts][3][kGroup] masks: kept, open or kept, counted
-  int64_t pending_ = -1;  // offset of the group whose masks are not counted yet
+  uint16_t* fields_;  // [experts][3][kGroup] masks: kept, open or kept, counted
   int64_t nan_ = 0;
 };
 
