@@ -180,12 +180,9 @@ class MapKernel {
       }
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
-      V merged = S::elect ? sum[g] : mass[g];
-      if (p_.normalize) merged = S::elect ? combine_mean(merged, weights[g]) : merged / V::set(p_.divisor);
-      if constexpr (S::base) merged = combine_base(b[g], V::set(p_.lambda), merged);
-      result[g] = S::elect ? combine_nan(merged, mass[g]) : merged;
-    }
+    for (int g = 0; g < kGroup; ++g)
+      result[g] = combine<S::base, S::elect>(b[g], mass[g], sum[g], weights[g], V::set(p_.lambda),
+                                             V::set(p_.divisor), p_.normalize);
   }
 
   uint64_t load_field(int k, int which) const {

@@ -6,18 +6,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "../core/cut.h"
+
 namespace pm {
-
-// A cut divides keys, ordered by magnitude and then by lower flat index first: everything above `magnitude`
-// is kept, and of what equals it, the indices below `index`.
-struct Cut {
-  uint64_t magnitude = 0;
-  uint64_t index = kAllIndices;
-  static constexpr uint64_t kAllIndices = ~0ull;
-
-  static constexpr Cut keep_all() { return {0, kAllIndices}; }
-  static constexpr Cut keep_none() { return {~0ull, 0}; }
-};
 
 // Keys with their places, ordered as cuts divide them, so that every rank has one holder.
 template <class Bits>

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "rounds.h"
+#include "../core/rounds.h"
 
 namespace pm {
 

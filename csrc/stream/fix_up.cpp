@@ -29,7 +29,7 @@ void fix_up_span(const Group<Work>& group, Worker& worker, const ChunkLayout& la
   int64_t nan = 0;
   for (int64_t row = span.begin; int64_t stop : stops) {
     if (stop == row) continue;
-    thresholds_at(cuts, flat + position[row], &keep);
+    thresholds_at<Work>(cuts, flat + position[row], &keep);
     for (int k = 0; k < group.experts(); ++k)
       worker.block_expert[size_t(k)] = layout.expert(slab, k) + row * int64_t(item);
     MapBlock<Work> block;

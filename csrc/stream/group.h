@@ -2,7 +2,6 @@
 #pragma once
 #include <memory>
 #include <span>
-#include <type_traits>
 
 #include "../cpu/parallel.h"
 #include "../cpu/select.h"
@@ -46,19 +45,6 @@ class Group {
   mutable std::vector<int64_t> piece_starts_;
   mutable int64_t piece_size_ = 0;
 };
-
-// The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them.
-template <class Bits>
-Bits above(uint64_t magnitude) {
-  using Work = std::conditional_t<sizeof(Bits) == 4, float, double>;
-  return magnitude >= WorkTraits<Work>::nan_key ? Bits(~Bits(0)) : Bits(magnitude + 1);
-}
-
-// The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.
-template <class Bits>
-Bits threshold_at(const Cut& cut, uint64_t at) {
-  return at < cut.index ? Bits(cut.magnitude) : above<Bits>(cut.magnitude);
-}
 
 // Calls body(first, count) for the longest runs of [first, first + count) in which no cut changes its
 // threshold.

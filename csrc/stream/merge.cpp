@@ -2,13 +2,14 @@
 
 #include <algorithm>
 
+#include "../core/rounds.h"
 #include "narrow.h"
-#include "rounds.h"
 
 namespace pm {
 
 namespace {
 
+constexpr int kGrowth = 2;               // each round streams three times what was streamed before it
 constexpr uint64_t kSmallGroup = 16384;  // elements up to which sorting out all keys is cheaper than sampling
 
 template <class Work>
@@ -103,7 +104,7 @@ class GroupMerge {
   Counts stream(UndecidedStore& store, Bracket* bracket) {
     const int experts = group_.experts();
     const int64_t tile = stream_tile();
-    const Rounds rounds = Rounds::scattered_first(group_.piece_count(tile));
+    const Rounds rounds = Rounds::scattered_first(group_.piece_count(tile), kGrowth);
     std::vector<Chunk*> chunks(size_t(crew_.size()), nullptr);
     std::vector<Counts> pieces(size_t(crew_.size()), Counts(experts));
     Counts sum(experts);
@@ -183,11 +184,11 @@ class GroupMerge {
     int64_t nan = 0;
     bool new_span = true;
     each_segment({bracket.low, bracket.high}, flat, piece.count, [&](int64_t begin, int64_t size) {
-      thresholds_at(bracket.high, flat + uint64_t(begin), &keep);
-      thresholds_at(bracket.low, flat + uint64_t(begin), &open);
+      thresholds_at<Work>(bracket.high, flat + uint64_t(begin), &keep);
+      thresholds_at<Work>(bracket.low, flat + uint64_t(begin), &open);
       if (collect == Collect::all) {
         count.clear();
-        for (const Cut& cut : bracket.high) count.push_back(above<Bits>(cut.magnitude));
+        for (const Cut& cut : bracket.high) count.push_back(above<Work>(cut.magnitude));
       }
       for (int64_t at = begin; at < begin + size; at += UndecidedStore::kBlock) {
         const int64_t n = std::min(UndecidedStore::kBlock, begin + size - at);
@@ -226,7 +227,7 @@ class GroupMerge {
       const MapFn<Work> kernel = kernel_for(group_, view, params_[piece.tensor], Collect::no);
       std::vector<Bits> keep;
       each_segment({cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
-        thresholds_at(cuts, flat + uint64_t(begin), &keep);
+        thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
         block.index = uint64_t(piece.first + begin);
         block.keep_at = keep.data();

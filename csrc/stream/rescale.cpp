@@ -18,7 +18,7 @@ Masses block_masses(const Group<Work>& group, Worker& worker, const TensorParams
   const uint64_t flat = group.flat(tensor, first);
   std::vector<Bits> keep;
   each_segment({cuts}, flat, count, [&](int64_t begin, int64_t size) {
-    thresholds_at(cuts, flat + uint64_t(begin), &keep);
+    thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
     MapBlock<Work> block = block_at<Work>(worker, view, nullptr, begin, size);
     block.index = uint64_t(first + begin);
     block.keep_at = cuts.empty() ? nullptr : keep.data();

@@ -242,8 +242,8 @@ class Selection {
           std::lower_bound(position + span.begin, position + span.end, uint32_t(first)) - position;
       const auto end =
           std::lower_bound(position + begin, position + span.end, uint32_t(first + size)) - position;
-      const Bits from = std::max(threshold_at<Bits>(low, flat + uint64_t(first)), Bits(range.low));
-      const Bits below = std::min(threshold_at<Bits>(high, flat + uint64_t(first)), above<Bits>(range.high));
+      const Bits from = std::max(threshold_at<Work>(low, flat + uint64_t(first)), Bits(range.low));
+      const Bits below = std::min(threshold_at<Work>(high, flat + uint64_t(first)), above<Work>(range.high));
       const int64_t offset = begin * layout.item;
       to.origin = uint32_t(begin);
       group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, range.expert) + offset,

@@ -43,10 +43,11 @@ struct TensorParams {
   }
 };
 
-template <class Bits>
-void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat, std::vector<Bits>* to) {
+template <class Work>
+void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat,
+                   std::vector<typename WorkTraits<Work>::Bits>* to) {
   to->resize(cuts.size());
-  for (size_t k = 0; k < cuts.size(); ++k) (*to)[k] = threshold_at<Bits>(cuts[k], flat);
+  for (size_t k = 0; k < cuts.size(); ++k) (*to)[k] = threshold_at<Work>(cuts[k], flat);
 }
 
 // Whether `test` holds for how many entries of each expert are kept (-1: all).

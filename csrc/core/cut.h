@@ -1,0 +1,32 @@
+// Cuts: where the kept entries of an expert end.
+#pragma once
+#include "dtype.h"
+
+namespace pm {
+
+// A cut divides keys, ordered by magnitude and then by lower flat index first: everything above `magnitude`
+// is kept, and of what equals it, the indices below `index`.
+struct Cut {
+  uint64_t magnitude = 0;
+  uint64_t index = kAllIndices;
+  static constexpr uint64_t kAllIndices = ~0ull;
+
+  PM_HD static Cut keep_all() { return {0, kAllIndices}; }
+  PM_HD static Cut keep_none() { return {~0ull, 0}; }
+};
+
+// The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them.
+template <class Work>
+PM_HD typename WorkTraits<Work>::Bits above(uint64_t magnitude) {
+  using Bits = typename WorkTraits<Work>::Bits;
+  return magnitude >= WorkTraits<Work>::nan_key ? Bits(~Bits(0)) : Bits(magnitude + 1);
+}
+
+// The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.
+template <class Work>
+PM_HD typename WorkTraits<Work>::Bits threshold_at(const Cut& cut, uint64_t at) {
+  using Bits = typename WorkTraits<Work>::Bits;
+  return at < cut.index ? Bits(cut.magnitude) : above<Work>(cut.magnitude);
+}
+
+}  // namespace pm
