@@ -22,10 +22,7 @@ Group<Work>::Group(RunContext& run, int64_t number, const std::vector<int64_t>& 
 
 template <class Work>
 int64_t Group<Work>::kept(int k) const {
-  const double density = rule().density[size_t(k)];
-  if (density >= 1) return -1;
-  if (density <= 0 || size == 0) return 0;
-  return std::max<int64_t>(1, int64_t(density * double(size)));
+  return kept_entries(rule().density[size_t(k)], int64_t(size));
 }
 
 template <class Work>

@@ -1,0 +1,71 @@
+// The Python extension of the device kernels: tensors, workspace and stream cross as numbers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/merge.h"
+
+namespace py = pybind11;
+
+namespace {
+
+pm::cuda::Request make_request(const py::dict& d) {
+  pm::cuda::Request r;
+  r.group.table = reinterpret_cast<const int64_t*>(d["table"].cast<uintptr_t>());
+  r.group.tensors = d["tensors"].cast<int64_t>();
+  r.group.size = d["size"].cast<int64_t>();
+  r.group.piece = d["piece"].cast<int64_t>();
+  r.group.pieces = d["pieces"].cast<int64_t>();
+  r.group.blocks = d["blocks"].cast<int64_t>();
+  r.base = d["task_vector"].cast<bool>();
+  r.elect = d["elect"].cast<bool>();
+  r.normalize = d["normalize"].cast<bool>();
+  r.rescale = d["rescale"].cast<bool>();
+  r.all_ties = d["all_ties"].cast<bool>();
+  r.own_cuts = d["own_cuts"].cast<bool>();
+  r.trim = pm::Trim(d["trim"].cast<int>());
+  r.lambda = d["lambda"].cast<double>();
+  r.weight = d["weights"].cast<std::vector<double>>();
+  r.density = d["densities"].cast<std::vector<double>>();
+  r.group.experts = int(r.weight.size());
+  r.workspace = reinterpret_cast<void*>(d["workspace"].cast<uintptr_t>());
+  r.samples = d["samples"].cast<int64_t>();
+  r.capacity = d["capacity"].cast<int64_t>();
+  r.sigmas = d["sigmas"].cast<double>();
+  r.bias = d["bias"].cast<double>();
+#if defined(PM_CUDA)
+  r.stream = reinterpret_cast<pm::cuda::Stream>(d["stream"].cast<uintptr_t>());
+#else
+  r.stream.seed = d["stream"].cast<uint64_t>();
+#endif
+  if (r.group.experts > pm::cuda::kMaxExperts || r.density.size() != r.weight.size())
+    throw std::invalid_argument("more experts than a kernel takes, or not one density for each");
+  return r;
+}
+
+void merge(int dtype, const py::dict& given) {
+  const pm::cuda::Request request = make_request(given);
+  py::gil_scoped_release released;
+  switch (pm::DType(dtype)) {
+    case pm::DType::bf16: return pm::cuda::merge<pm::BF16>(request);
+    case pm::DType::f16: return pm::cuda::merge<pm::F16>(request);
+    case pm::DType::f32: return pm::cuda::merge<pm::F32>(request);
+    default: throw std::invalid_argument("no kernel for this element type");
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(PM_CUDA_MODULE, m) {
+  m.doc() = "Device kernels; used through pymerge.backends.cuda.";
+  m.def("merge", &merge);
+  m.def("workspace_bytes", [](const py::dict& given) { return pm::cuda::workspace_bytes(make_request(given)); });
+  m.attr("most_experts") = pm::cuda::kMaxExperts;
+  m.attr("reduce_block") = pm::cuda::kReduceBlock;
+  m.attr("columns") = int(pm::cuda::kExperts);
+#if defined(PM_CUDA)
+  m.attr("on_device") = true;
+#else
+  m.attr("on_device") = false;
+  m.def("skip_barriers", [](bool skip) { fiber::machine.skip_barriers = skip; });
+#endif
+}

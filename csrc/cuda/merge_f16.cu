@@ -1,0 +1,3 @@
+#include "merge.cuh"
+
+template void pm::cuda::merge<pm::F16>(const Request&);

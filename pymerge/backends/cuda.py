@@ -1,0 +1,220 @@
+"""The CUDA kernels: torch tensors on one device go in as addresses, and everything is queued on torch's stream.
+
+Nothing here waits for the device: thresholds, verdicts and the exact route are decided by kernels. All memory
+is taken before the first result is written, so that a merge that does not fit leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymerge.backends.philox import tensor_key
+from pymerge.dtypes import BY_TORCH_NAME, DType
+from pymerge.errors import BackendError
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+
+TRIMS = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LINE = 256  # alignment of everything in the workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """How the work is cut up; results never depend on it.
+
+    `piece`: elements a block takes at a time, a multiple of 8. `samples`: per expert, a multiple of 32.
+    `capacity`: undecided entries of one expert that find room, None for what groups of this size need.
+    `sigmas`: half width of the bracket in standard errors. `bias` shifts the bracket by this share of the ranks:
+    tests force a miss with it. `small`: elements up to which tensors share launches.
+    """
+
+    piece: int = 16384
+    samples: int = 1 << 15
+    capacity: int | None = None
+    sigmas: float = 4.0
+    bias: float = 0.0
+    small: int = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor: its inputs in the kernels' element type, base first where there is one, and its result."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    out: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.out.numel()
+
+
+@dataclass(slots=True)
+class Batch:
+    """Jobs of one element type that are merged in one go, and what the kernels are told of them."""
+
+    jobs: Sequence[Job]
+    own_cuts: bool
+    table: Tensor = field(init=False)
+    request: dict[str, object] = field(init=False)
+
+
+def load_kernels() -> ModuleType:
+    """The compiled kernels; BackendError with what is missing where they were not built."""
+    try:
+        return import_module("pymerge._cuda")
+    except ImportError:
+        raise BackendError(
+            "the cuda backend was not built: install the CUDA toolkit (nvcc) and reinstall pymerge-kernels"
+        ) from None
+
+
+def available() -> str | None:
+    """None if the kernels can run here, else what is missing."""
+    try:
+        load_kernels()
+    except BackendError as error:
+        return str(error)
+    return None if torch.cuda.is_available() else "the cuda backend needs an NVIDIA device and its driver"
+
+
+def merge_tensors(
+    names: Sequence[str],
+    inputs: Sequence[Sequence[Tensor]],
+    outs: Sequence[Tensor],
+    rule: Rule,
+    *,
+    knobs: Knobs | None = None,
+    kernels: ModuleType | None = None,
+    stream: int | None = None,
+) -> None:
+    """Merge every tensor into its `outs`; `inputs`: its base first where the rule has one, then the experts.
+
+    All contiguous, on one device, f16, bf16 or f32 in any mix. Returns as soon as the work is queued.
+    Raises BackendError for other element types, too many experts, or if the device has too little memory.
+    """
+    module = kernels or load_kernels()
+    chosen = knobs or Knobs()
+    if len(rule.weights) > module.most_experts:
+        raise BackendError(f"{len(rule.weights)} experts, but the cuda backend takes {module.most_experts}")
+    device = outs[0].device if outs else torch.device("cpu")
+    try:
+        converted = _jobs(names, inputs, outs, rule)
+        batches = _batches([job for job, _ in converted], rule, chosen)
+        for batch in batches:
+            _describe(batch, rule, chosen, module)
+        needed = max((module.workspace_bytes(batch.request) for batch in batches), default=0)
+        workspace = torch.empty(needed + LINE, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise BackendError(f"the device has too little memory for this merge: {error}") from None
+    start = -workspace.data_ptr() % LINE + workspace.data_ptr()
+    queue = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
+    for batch in batches:
+        dtype = BY_TORCH_NAME[str(batch.jobs[0].out.dtype).removeprefix("torch.")]
+        module.merge(_code(dtype), batch.request | {"workspace": start, "stream": queue})
+    for job, out in converted:
+        if job.out is not out:
+            out.copy_(job.out).masked_fill_(out.isnan(), float("nan"))  # one NaN, not whichever
+
+
+def _code(dtype: DType) -> int:
+    return (DType.BF16, DType.F16, DType.F32).index(dtype)
+
+
+def _jobs(
+    names: Sequence[str], inputs: Sequence[Sequence[Tensor]], outs: Sequence[Tensor], rule: Rule
+) -> list[tuple[Job, Tensor]]:
+    """Each tensor in one element type: its own if all agree, else f32, which holds the others exactly."""
+    uniform = [{x.dtype for x in (*row, out)} for row, out in zip(inputs, outs, strict=True)]
+    for name, dtypes in zip(names, uniform, strict=True):
+        for dtype in dtypes.difference(KERNEL_DTYPES):
+            raise BackendError(f"tensor {name!r}: the cuda backend has no kernel for {str(dtype)[6:]}")
+    together = rule.scope is Scope.MODEL and len(set().union(*uniform)) > 1
+    jobs = []
+    for name, row, out, dtypes in zip(names, inputs, outs, uniform, strict=True):
+        if len(dtypes) == 1 and not together:
+            jobs.append((Job(name, tuple(row), out), out))
+        else:
+            wide = tuple(x.to(torch.float32) for x in row)
+            result = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+            jobs.append((Job(name, wide, result), out))
+    return jobs
+
+
+def _batches(jobs: Sequence[Job], rule: Rule, knobs: Knobs) -> list[Batch]:
+    jobs = [job for job in jobs if job.count]
+    if rule.scope is Scope.MODEL:
+        return [Batch(sorted(jobs, key=lambda job: job.name), own_cuts=False)] if jobs else []
+    batches = []
+    for dtype in KERNEL_DTYPES:
+        alike = [job for job in jobs if job.out.dtype == dtype]
+        if rule.trim is Trim.MAGNITUDE:
+            batches += [Batch([job], own_cuts=False) for job in alike if job.count > knobs.small]
+            alike = [job for job in alike if job.count <= knobs.small]
+        if alike:
+            batches.append(Batch(alike, own_cuts=rule.trim is Trim.MAGNITUDE))
+    return batches
+
+
+def _describe(batch: Batch, rule: Rule, knobs: Knobs, module: ModuleType) -> None:
+    rows, origin, pieces, blocks = [], 0, 0, 0
+    for job in batch.jobs:
+        low, high = tensor_key(rule.seed, job.name)
+        base, experts = (job.inputs[0], job.inputs[1:]) if rule.task_vector else (None, job.inputs)
+        rows.append(
+            [
+                job.count,
+                origin,
+                pieces,
+                blocks,
+                low | high - (high >> 31 << 32) << 32,
+                0 if base is None else base.data_ptr(),
+                job.out.data_ptr(),
+                *(expert.data_ptr() for expert in experts),
+            ]
+        )
+        origin += job.count
+        pieces += -(-job.count // knobs.piece)
+        blocks += -(-job.count // module.reduce_block)
+    batch.table = torch.tensor(rows, dtype=torch.int64).to(batch.jobs[0].out.device)
+    batch.request = _rule(rule) | {
+        "table": batch.table.data_ptr(),
+        "tensors": len(rows),
+        "size": origin,
+        "piece": knobs.piece,
+        "pieces": pieces,
+        "blocks": blocks,
+        "own_cuts": batch.own_cuts,
+        "samples": knobs.samples,
+        "capacity": _capacity(origin) if knobs.capacity is None else knobs.capacity,
+        "sigmas": knobs.sigmas,
+        "bias": knobs.bias,
+        "workspace": 0,
+        "stream": 0,
+    }
+
+
+def _capacity(size: int) -> int:
+    """Undecided entries of one expert: about 1 % at 1e6 elements, 0.1 % at 1e9; room for several times that."""
+    return max(1 << 16, min(size // 16, (1 << 21) + size // 256))
+
+
+def _rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "task_vector": rule.task_vector,
+        "elect": rule.elect,
+        "normalize": rule.normalize,
+        "rescale": rule.rescale and rule.trim is not Trim.NONE,
+        "all_ties": rule.threshold_ties is ThresholdTies.ALL,
+        "trim": TRIMS[rule.trim],
+        "lambda": rule.lambda_,
+        "weights": list(rule.weights),
+        "densities": list(rule.densities),
+    }
