@@ -58,7 +58,8 @@ void merge(int dtype, const py::dict& given) {
 PYBIND11_MODULE(PM_CUDA_MODULE, m) {
   m.doc() = "Device kernels; used through pymerge.backends.cuda.";
   m.def("merge", &merge);
-  m.def("workspace_bytes", [](const py::dict& given) { return pm::cuda::workspace_bytes(make_request(given)); });
+  m.def("workspace_bytes",
+        [](const py::dict& given) { return pm::cuda::workspace_bytes(make_request(given)); });
   m.attr("most_experts") = pm::cuda::kMaxExperts;
   m.attr("reduce_block") = pm::cuda::kReduceBlock;
   m.attr("columns") = int(pm::cuda::kExperts);

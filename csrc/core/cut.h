@@ -7,7 +7,8 @@ namespace pm {
 // A cut divides keys, ordered by magnitude and then by lower flat index first: everything above `magnitude`
 // is kept, and of what equals it, the indices below `index`.
 struct Cut {
-  uint64_t magnitude, index;  // no defaults: blocks of device threads share cuts in memory without constructors
+  uint64_t magnitude,
+      index;  // no defaults: blocks of device threads share cuts in memory without constructors
   static constexpr uint64_t kAllIndices = ~0ull;
 
   PM_HD static Cut keep_all() { return {0, kAllIndices}; }

@@ -10,8 +10,8 @@ PM_HD typename V::Mask trim_magnitude(V d, typename V::Bits threshold) {
   return at_least(magnitude(d), threshold);
 }
 
-// How many of `size` entries a density keeps: -1 for all, else int(density * size), but at least one unless the
-// density is zero.
+// How many of `size` entries a density keeps: -1 for all, else int(density * size), but at least one unless
+// the density is zero.
 PM_HD int64_t kept_entries(double density, int64_t size) {
   if (density >= 1) return -1;
   if (density <= 0 || size == 0) return 0;

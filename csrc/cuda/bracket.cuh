@@ -45,8 +45,8 @@ static __global__ void aim_middle(BracketCall c) {
   expert.search[0] = Search::over_all(int64_t(rank), c.group.size - 1);
 }
 
-// Then its ends, four standard errors away. Neighbours are alike, and so are strata, so the error is estimated
-// from how neighbouring clusters differ. One block per expert.
+// Then its ends, four standard errors away. Neighbours are alike, and so are strata, so the error is
+// estimated from how neighbouring clusters differ. One block per expert.
 static __global__ void __launch_bounds__(kThreads) aim_ends(BracketCall c, FromSample sample) {
   __shared__ unsigned long long squares;
   const int k = int(blockIdx.x);
@@ -161,8 +161,8 @@ static __global__ void close_bracket(BracketCall c) {
     for (int i = 0; i <= c.group.experts; ++i) c.state.tally[s * (1 + c.group.experts) + i] = 0;
 }
 
-// After the stream: reads the cut off the counts where they alone decide, searches where they do not, and finds
-// out whether the bracket held.
+// After the stream: reads the cut off the counts where they alone decide, searches where they do not, and
+// finds out whether the bracket held.
 static __global__ void judge(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];

@@ -23,8 +23,8 @@ enum Column { kCount, kOrigin, kFirstPiece, kFirstBlock, kKey, kBase, kOut, kExp
 struct Group {
   const int64_t* table = nullptr;  // device memory, [tensors][kExperts + experts]
   int64_t tensors = 0;
-  int64_t size = 0;    // elements
-  int64_t piece = 0;   // elements a block takes at a time, none across tensors
+  int64_t size = 0;   // elements
+  int64_t piece = 0;  // elements a block takes at a time, none across tensors
   int64_t pieces = 0;
   int64_t blocks = 0;  // of at most kReduceBlock elements
   int experts = 0;
@@ -109,18 +109,18 @@ struct Expert {
 };
 
 struct State {
-  Expert* expert;              // [experts]
-  unsigned long long* bins;    // [experts][2][kBins]
-  unsigned int* ticket;        // [experts][2]
-  unsigned long long* tally;   // [kStrata][1 + experts]: elements; twice what is kept, undecided half
-  unsigned long long* seen;    // elements streamed
-  int* missed;                 // the bracket or the list failed: the exact route must be taken
-  uint32_t* sample;            // [experts][samples] magnitudes
-  uint32_t* list_magnitude;    // [experts][capacity]
-  uint64_t* list_index;        // [experts][capacity]
-  double* masses;              // [blocks][experts][2]
-  float* scale;                // [tensors][experts]
-  Cut* cuts;                   // [tensors][experts], for thresholds of their own
+  Expert* expert;             // [experts]
+  unsigned long long* bins;   // [experts][2][kBins]
+  unsigned int* ticket;       // [experts][2]
+  unsigned long long* tally;  // [kStrata][1 + experts]: elements; twice what is kept, undecided half
+  unsigned long long* seen;   // elements streamed
+  int* missed;                // the bracket or the list failed: the exact route must be taken
+  uint32_t* sample;           // [experts][samples] magnitudes
+  uint32_t* list_magnitude;   // [experts][capacity]
+  uint64_t* list_index;       // [experts][capacity]
+  double* masses;             // [blocks][experts][2]
+  float* scale;               // [tensors][experts]
+  Cut* cuts;                  // [tensors][experts], for thresholds of their own
   int64_t samples, capacity;
 };
 

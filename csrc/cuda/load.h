@@ -1,4 +1,4 @@
-// Vectors of 16 bytes, and the parts of vectors at the ends of tensors.
+// Elements on their way between memory and registers.
 #pragma once
 #include "../core/combine.h"
 #include "../core/elect.h"
@@ -13,39 +13,48 @@ using Lane = Scalar<float>;
 template <class T>
 constexpr int kVector = 16 / int(sizeof(typename T::Raw));
 
-// Elements [at, at + count) of `from`, `count` at most kCount; what is missing is zero.
+// Elements as they are stored: one, or a vector that is loaded and stored in one go.
 template <class T, int kCount>
-__device__ inline void load(const typename T::Raw* from, int64_t at, int count, bool aligned,
-                            Lane (&to)[kCount]) {
-  typename T::Raw raw[kCount] = {};
-  if (kCount == kVector<T> && aligned && count == kCount) {
-    const uint4 line = load_line(from + at);
-    memcpy(raw, &line, sizeof raw);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (e < count) raw[e] = from[at + e];
-  }
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) to[e] = {widen(T{}, raw[e])};
-}
+struct Stored {
+  using Raw = typename T::Raw;
+  static_assert(kCount == 1 || kCount == kVector<T>);
+  Raw raw[kCount];
 
-template <class T, int kCount>
-__device__ inline void store(typename T::Raw* to, int64_t at, int count, bool aligned,
-                             const Lane (&from)[kCount]) {
-  typename T::Raw raw[kCount];
-#pragma unroll
-  for (int e = 0; e < kCount; ++e) raw[e] = narrow(T{}, from[e].x);
-  if (kCount == kVector<T> && aligned && count == kCount) {
-    uint4 line;
-    memcpy(&line, raw, sizeof raw);
-    store_line(to + at, line);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (e < count) to[at + e] = raw[e];
+  __device__ void load(const Raw* from, bool active) {
+    if constexpr (kCount == 1) {
+      raw[0] = active ? *from : Raw(0);
+    } else {
+      const uint4 line = active ? load_line(from) : uint4{0, 0, 0, 0};
+      memcpy(raw, &line, sizeof raw);
+    }
   }
-}
+  __device__ void store(Raw* to, bool active) const {
+    if (!active) return;
+    if constexpr (kCount == 1) {
+      *to = raw[0];
+    } else {
+      uint4 line;
+      memcpy(&line, raw, sizeof raw);
+      store_line(to, line);
+    }
+  }
+  __device__ void widened(Lane (&to)[kCount]) const {
+    if constexpr (T::dtype == DType::bf16 && kCount > 1) {  // two to a word: one shift, one mask
+      uint32_t word[kCount / 2];
+      memcpy(word, raw, sizeof raw);
+#pragma unroll
+      for (int e = 0; e < kCount; ++e)
+        to[e] = {bit_cast<float>(e % 2 ? word[e / 2] & 0xffff0000u : word[e / 2] << 16)};
+    } else {
+#pragma unroll
+      for (int e = 0; e < kCount; ++e) to[e] = {widen(T{}, raw[e])};
+    }
+  }
+  __device__ void narrowed(const Lane (&from)[kCount]) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) raw[e] = narrow(T{}, from[e].x);
+  }
+};
 
 // The magnitude of one entry as a key: all NaN are equal.
 template <class T>
@@ -62,16 +71,17 @@ PM_HD bool reaches(const Cut& cut, uint32_t key, uint64_t index) {
   return key >= threshold_at<float>(cut, index);
 }
 
-// The keep masks of random trim for a vector that starts at `index` of its tensor, a multiple of 4.
+// The keep masks of random trim for elements from `index` of their tensor: one, or whole groups.
 template <int kCount>
-__device__ inline void random_vector(uint64_t index, int expert, uint64_t key, uint32_t limit,
-                                     bool (&keep)[kCount]) {
+__device__ inline void random_keep(uint64_t index, int expert, uint64_t key, uint32_t limit,
+                                   bool (&keep)[kCount]) {
 #pragma unroll
   for (int g = 0; g < kCount; g += kGroup) {
+    const uint64_t first = index / kGroup * kGroup + uint64_t(g);
     bool group[kGroup];
-    random_group(index + uint64_t(g), uint32_t(expert), uint32_t(key), uint32_t(key >> 32), limit, Lane{}, group);
+    random_group(first, uint32_t(expert), uint32_t(key), uint32_t(key >> 32), limit, Lane{}, group);
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) keep[g + e] = group[e];
+    for (int e = 0; e < kGroup && e < kCount; ++e) keep[g + e] = group[kCount == 1 ? index % kGroup : e];
   }
 }
 

@@ -57,8 +57,8 @@ class GroupMerge {
   // Reads every input once: sample, stream in rounds with an ever closer bracket, select, fix up.
   void stream_once() {
     const FromSample sample{state_, group_.size, group_.size / (state_.samples / FromSample::kCluster)};
-    launch(stream_, dim3(unsigned((state_.samples + kThreads - 1) / kThreads)), kThreads, sample_keys<T>, group_,
-           sample);
+    launch(stream_, dim3(unsigned((state_.samples + kThreads - 1) / kThreads)), kThreads, sample_keys<T>,
+           group_, sample);
     each_expert(aim_middle);
     find(sample);
     launch(stream_, dim3(unsigned(group_.experts)), kThreads, aim_ends, bracket(), sample);
@@ -89,8 +89,8 @@ class GroupMerge {
   void find(const Source& source) {
     const int passes = kMagnitudePasses + (r_.all_ties ? 0 : index_passes(group_.size));
     for (int pass = 0; pass < passes; ++pass)
-      launch(stream_, blocks(search_blocks(source), 2 * group_.experts), kThreads, narrow_searches<Source>, source,
-             state_, r_.all_ties);
+      launch(stream_, blocks(search_blocks(source), 2 * group_.experts), kThreads, narrow_searches<Source>,
+             source, state_, r_.all_ties);
   }
   int64_t search_blocks(const FromSample&) const { return 8; }
   int64_t search_blocks(const FromList&) const { return most_blocks_ / group_.experts + 1; }
@@ -99,7 +99,8 @@ class GroupMerge {
   void rescale(bool random) {
     scaled_ = true;
     const RescaleCall call{group_, rule_, state_, random, r_.own_cuts};
-    launch(stream_, dim3(unsigned((group_.blocks + kBlocksAtOnce - 1) / kBlocksAtOnce), unsigned(group_.experts)),
+    launch(stream_,
+           dim3(unsigned((group_.blocks + kBlocksAtOnce - 1) / kBlocksAtOnce), unsigned(group_.experts)),
            kThreads, sum_masses<T>, call);
     launch(stream_, dim3(unsigned(group_.tensors)), group_.experts, set_scales, call);
   }
@@ -123,7 +124,8 @@ class GroupMerge {
   using Kernel = void (*)(MapCall);
   Kernel kernel(Collect collect, Trim trim) const {
     if (!r_.base) return map_pieces<Shape<T, false, Trim::none, false, false>>;
-    if (trim == Trim::magnitude) return unit() ? magnitude_kernel<true>(collect) : magnitude_kernel<false>(collect);
+    if (trim == Trim::magnitude)
+      return unit() ? magnitude_kernel<true>(collect) : magnitude_kernel<false>(collect);
     if (trim == Trim::random)
       return r_.elect ? map_pieces<Shape<T, true, Trim::random, true, false>>
                       : map_pieces<Shape<T, true, Trim::random, false, false>>;

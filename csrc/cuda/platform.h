@@ -1,5 +1,5 @@
-// What the kernels need of CUDA. Compiled without it, they run on the processor through a stand-in of the same
-// names (tests/shim/fiber.h).
+// What the kernels need of CUDA. Compiled without it, they run on the processor through a stand-in of the
+// same names (tests/shim/fiber.h).
 #pragma once
 #if defined(PM_CUDA)
 #include <cuda_runtime.h>
@@ -21,8 +21,7 @@ using Stream = fiber::Stream;
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 template <class... P, class... A>

@@ -22,23 +22,20 @@ static __global__ void __launch_bounds__(kThreads) sum_masses(const __grid_const
   double all_sum = 0, kept_sum = 0;
   if (number < c.group.blocks && !c.rule.whole[k]) {
     const int64_t tensor = c.group.last_at(kFirstBlock, number);
-    const Piece block =
-        piece_of(c.group, tensor, number - c.group.row(tensor)[kFirstBlock], kReduceBlock);
+    const Piece block = piece_of(c.group, tensor, number - c.group.row(tensor)[kFirstBlock], kReduceBlock);
     const Cut cut = c.own_cuts ? c.state.cuts[tensor * c.group.experts + k] : c.state.expert[k].cut;
     const auto* base = block.template input<typename T::Raw>(kBase);
     const auto* expert = block.template input<typename T::Raw>(kExperts + k);
     for (int64_t i = lane; i < block.count; i += kVirtualLanes) {
       const Lane d = Lane{widen(T{}, expert[i])} - Lane{widen(T{}, base[i])};
-      bool keep[kGroup];
-      const uint64_t index = uint64_t(block.first + i);
+      bool keep[1];
       if (c.random)
-        random_group(index / kGroup * kGroup, uint32_t(k), uint32_t(block.row[kKey]),
-                     uint32_t(uint64_t(block.row[kKey]) >> 32), c.rule.limit[k], Lane{}, keep);
+        random_keep(uint64_t(block.first + i), k, uint64_t(block.row[kKey]), c.rule.limit[k], keep);
       else
-        keep[index % kGroup] = trim_magnitude(d, threshold_at<float>(cut, block.flat + uint64_t(i)));
+        keep[0] = trim_magnitude(d, threshold_at<float>(cut, block.flat + uint64_t(i)));
       const double mass = bit_cast<float>(magnitude(d));
       all_sum += mass;
-      kept_sum += keep[index % kGroup] ? mass : 0.0;
+      kept_sum += keep[0] ? mass : 0.0;
     }
   }
   all[threadIdx.x] = all_sum, kept[threadIdx.x] = kept_sum;

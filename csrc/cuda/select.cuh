@@ -38,8 +38,8 @@ __device__ inline void enter_bin(Search& s, int bin, int64_t passed, int64_t cou
   }
 }
 
-// Finds the bin of the rank among `bins` (magnitudes count from the top, indices from the bottom), with all of a
-// block's threads. Returns false if the bins hold fewer keys than the rank.
+// Finds the bin of the rank among `bins` (magnitudes count from the top, indices from the bottom), with all
+// of a block's threads. Returns false if the bins hold fewer keys than the rank.
 __device__ inline bool find_bin(Search& s, const unsigned long long* bins, bool all_ties) {
   __shared__ unsigned long long part[kThreads];
   constexpr int kEach = kBins / kThreads;
@@ -66,7 +66,8 @@ __device__ inline bool find_bin(Search& s, const unsigned long long* bins, bool 
 }
 
 // Adds a key to the bins of a search if it lies in the search's range.
-__device__ inline void count_key(const Search& s, int shift, uint32_t key, uint64_t index, unsigned int* bins) {
+__device__ inline void count_key(const Search& s, int shift, uint32_t key, uint64_t index,
+                                 unsigned int* bins) {
   const bool by_index = s.stage == Search::index;
   if (by_index && key != s.cut.magnitude) return;
   const uint64_t value = by_index ? index : key;
@@ -186,8 +187,7 @@ __global__ void __launch_bounds__(kThreads) find_small_cuts(Group group, Rule ru
     __syncthreads();
   }
   if (threadIdx.x == 0)
-    cut = {search.cut.magnitude,
-           rule.all_ties ? Cut::kAllIndices : search.cut.index + piece.flat};
+    cut = {search.cut.magnitude, rule.all_ties ? Cut::kAllIndices : search.cut.index + piece.flat};
 }
 
 }  // namespace pm::cuda

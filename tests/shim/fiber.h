@@ -1,6 +1,6 @@
 // CUDA on the processor, for tests: blocks run one after another, and every thread of a block is a fiber that
-// runs until it meets a barrier. The order of threads and blocks is shuffled by a seed, so that what depends on
-// it shows. Not modelled: weak memory, blocks that wait for each other.
+// runs until it meets a barrier. The order of threads and blocks is shuffled by a seed, so that what depends
+// on it shows. Not modelled: weak memory, blocks that wait for each other.
 #pragma once
 #include <ucontext.h>
 
@@ -200,7 +200,13 @@ inline unsigned int __reduce_add_sync(unsigned int mask, unsigned int value) {
   fiber::end_exchange();
   return sum;
 }
-inline int __any_sync(unsigned int mask, int value) { return __reduce_add_sync(mask, value != 0) != 0; }
+inline unsigned int __reduce_or_sync(unsigned int mask, unsigned int value) {
+  const uint64_t* all = fiber::exchange(mask, value);
+  const auto bits = unsigned(std::accumulate(all, all + fiber::kWarp, uint64_t(0), std::bit_or<>()));
+  fiber::end_exchange();
+  return bits;
+}
+inline int __ffsll(long long value) { return __builtin_ffsll(value); }
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
