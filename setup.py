@@ -1,9 +1,19 @@
-"""Builds the compiled core; everything else stands in pyproject.toml."""
+"""Builds the compiled core, and the CUDA kernels where nvcc is found; everything else stands in pyproject.toml.
 
+PYMERGE_CUDA=0 leaves the CUDA kernels out; PYMERGE_CUDA=90 builds them for that architecture alone (90,100: for
+these).
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
+from setuptools.modified import newer_group
 
 ParallelCompile(default=0).install()
 
@@ -17,15 +27,73 @@ FLAGS = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
 ]
+CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-DPM_CUDA"]
+ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 
-core = Pybind11Extension(
-    "pymerge._core",
-    sorted(
-        str(path) for folder in ("csrc", "csrc/cpu", "csrc/stream") for path in Path(folder).glob("*.cpp")
-    ),
-    depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-    cxx_std=20,
-    extra_compile_args=FLAGS,
-)
 
-setup(ext_modules=[core])
+def sources(*folders):
+    return sorted(str(path) for folder in folders for path in Path(folder).glob("*.cpp"))
+
+
+def toolkit():
+    """The folder of the CUDA toolkit; the nvcc that is found first may be a script that calls another."""
+    if os.environ.get("PYMERGE_CUDA") == "0" or not shutil.which("nvcc"):
+        return None
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    return Path(top.group(1).strip()).resolve() if top else None
+
+
+def architecture_flags():
+    chosen = os.environ.get("PYMERGE_CUDA", "")
+    numbers = chosen.split(",") if chosen not in ("", "1") else ARCHITECTURES
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    newest = numbers[-1]  # as an intermediate language too, for what comes after it
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+class Build(build_ext):
+    """Has nvcc compile the kernels of an extension before the rest of it is built."""
+
+    def build_extension(self, extension):
+        if extension.name == "pymerge._cuda":
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                extension.extra_objects = list(pool.map(self.compile_kernel, Path("csrc/cuda").glob("*.cu")))
+        super().build_extension(extension)
+
+    def compile_kernel(self, source):
+        flags = [*CUDA_FLAGS, *architecture_flags()]
+        # Named after its flags, so that objects for other architectures are not taken for these.
+        target = Path(self.build_temp, f"{source.stem}-{'-'.join(re.findall(r'sm_([0-9]+)', ' '.join(flags)))}.o")
+        if self.force or newer_group([str(source), "setup.py", *HEADERS], str(target)):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["nvcc", *flags, "-c", str(source), "-o", str(target)], check=True)
+        return str(target)
+
+
+extensions = [
+    Pybind11Extension(
+        "pymerge._core",
+        sources("csrc/cpu", "csrc/stream") + ["csrc/bind.cpp"],
+        depends=HEADERS,
+        cxx_std=20,
+        extra_compile_args=FLAGS,
+    )
+]
+if (top := toolkit()) is not None:
+    extensions.append(
+        Pybind11Extension(
+            "pymerge._cuda",
+            ["csrc/bind_cuda.cpp"],
+            depends=[*HEADERS, *map(str, Path("csrc/cuda").glob("*.cu"))],
+            cxx_std=20,
+            define_macros=[("PM_CUDA", None), ("PM_CUDA_MODULE", "_cuda")],
+            include_dirs=[str(path) for path in (*top.glob("targets/*/include"), top / "include")],
+            library_dirs=[str(path) for path in (*top.glob("targets/*/lib"), top / "lib64")],
+            libraries=["cudart_static", "rt", "dl", "pthread"],
+            extra_compile_args=FLAGS,
+        )
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": Build})

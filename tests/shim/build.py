@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +15,18 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bind_cuda.cpp"]
-FLAGS = ["-std=c++20", "-O1", "-g", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 
-def build(folder: Path, extra: Sequence[str] = (), threads: int = 64) -> Path:
+def build(folder: Path, extra: Sequence[str] = ("-O1",), *, bf16_only: bool = False) -> Path:
     """Compiles the extension into `folder`; `extra`: flags such as those of sanitizers."""
+    sources = [path for path in SOURCES if not bf16_only or path.stem not in ("merge_f16", "merge_f32")]
     name = "cuda_shim"
     includes = [str(ROOT / "csrc"), str(ROOT / "tests" / "shim"), pybind11.get_include()]
     includes.append(sysconfig.get_path("include"))
     flags = [*FLAGS, *extra, *(f"-I{path}" for path in includes)]
-    flags += [f"-DPM_CUDA_MODULE={name}", f"-DPM_THREADS={threads}"]
+    flags += [f"-DPM_CUDA_MODULE={name}", "-DPM_THREADS=64"]
+    flags += ["-DPM_BF16_ONLY"] if bf16_only else []
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.name}.o"
@@ -33,7 +34,7 @@ def build(folder: Path, extra: Sequence[str] = (), threads: int = 64) -> Path:
         return target
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, SOURCES))
+        objects = list(pool.map(compile_one, sources))
     module = folder / f"{name}.so"
     subprocess.run(["g++", "-shared", *extra, *map(str, objects), "-o", str(module)], check=True)
     return module
@@ -48,6 +49,3 @@ def load(module: Path) -> ModuleType:
     loader.exec_module(loaded)
     return loaded
 
-
-if __name__ == "__main__":
-    print(build(Path(sys.argv[1]), sys.argv[2:]))
