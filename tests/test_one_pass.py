@@ -93,3 +93,15 @@ def test_thresholds_among_nans(dtype: torch.dtype, ties: ThresholdTies, share: f
     expected = reference_of(group)
     assert_same_bits(group, actual, expected)
     assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)
+
+
+def test_an_overflow_after_the_first_round_counts_every_nan_once() -> None:
+    group = ordinary(torch.float32, n=300_000)
+    for experts in group.experts:
+        experts[0][::3] = torch.nan
+    settings = Settings(threads=1, tile=1024, memory=1 << 20, sigmas=40.0)
+    actual, report = run_native(group, settings)
+    expected = reference_of(group)
+    assert report.fallbacks > 0, "nothing overflowed: the test shows nothing"
+    assert_same_bits(group, actual, expected)
+    assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)
