@@ -70,20 +70,20 @@ class Draft:
         return self.recipe
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file; relative model paths start at its folder, then at the working directory.
 
     Raises RecipeError (unreadable, not YAML) or ProblemList (everything else, all at once).
     """
-    return load_draft(path).checked()
+    return load_draft(Path(path)).checked()
 
 
-def parse_recipe(text: str, folder: Path) -> Recipe:
+def parse_recipe(text: str, folder: Path | str) -> Recipe:
     """Parse recipe YAML; relative model paths start at `folder`, then at the working directory.
 
     Raises RecipeError (not YAML) or ProblemList (everything else, all at once).
     """
-    return parse_draft(text, folder).checked()
+    return parse_draft(text, Path(folder)).checked()
 
 
 def load_draft(path: Path) -> Draft:

@@ -93,3 +93,32 @@ def test_thresholds_among_nans(dtype: torch.dtype, ties: ThresholdTies, share: f
     expected = reference_of(group)
     assert_same_bits(group, actual, expected)
     assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)
+
+
+def test_an_overflow_after_the_first_round_counts_every_nan_once() -> None:
+    group = ordinary(torch.float32, n=300_000)
+    for experts in group.experts:
+        experts[0][::3] = torch.nan
+    settings = Settings(threads=1, tile=1024, memory=1 << 20, sigmas=40.0)
+    actual, report = run_native(group, settings)
+    expected = reference_of(group)
+    assert report.fallbacks > 0, "nothing overflowed: the test shows nothing"
+    assert_same_bits(group, actual, expected)
+    assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)
+
+
+@pytest.mark.parametrize("seed", [1, 16, 23, 37])
+def test_few_large_tensors_among_many_small_ones_are_merged_in_one_pass(seed: int) -> None:
+    """Few large pieces show little of the model, however many small ones come with them."""
+    draw = torch.Generator().manual_seed(seed)
+    experts = [
+        [torch.randn(size, generator=draw) * torch.randn((), generator=draw).exp() for _ in range(2)]
+        for size in [300] * 300 + [30_000] * 4
+    ]
+    rule = rule_for(METHODS["ties"], weights=[1.0] * 2, densities=[0.3] * 2, scope=Scope.MODEL)
+    names = [f"{i:04}" for i in range(len(experts))]
+    bases = [torch.zeros_like(xs[0]) for xs in experts]
+    group = Group(names, bases, experts, rule, [torch.float32] * len(names), None)
+    actual, report = run_native(group, Settings(threads=2))
+    assert_same_bits(group, actual, reference_of(group))
+    assert report.fallbacks == 0

@@ -348,9 +348,9 @@ def test_a_mixture_of_experts_is_planned_in_seconds(tmp_path: Path, monkeypatch:
     for name in [*names, "base"]:
         (tmp_path / name).mkdir()
     recipe = parse_recipe(recipe_text("ties", names, "base", density=0.5), tmp_path)
-    began = time.perf_counter()
+    began = time.process_time()
     plan = make_plan(recipe, tmp_path / "out")
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert (plan.tensors, len(plan.inputs)) == (36_000, 9)
     assert len({id(job.rule) for shard in plan.jobs for job in shard}) == 1
     assert seconds < 30

@@ -248,6 +248,7 @@ def test_relative_paths_start_at_the_recipe_then_at_the_working_directory(
     monkeypatch.chdir(work)
     (folder / "recipe.yml").write_text("merge_method: linear\nmodels: [{model: one}, {model: three}]")
     recipe = load_recipe(folder / "recipe.yml")
+    assert recipe == load_recipe(str(folder / "recipe.yml")), "a path may be a str, as everywhere"
     assert [entry.path for entry in recipe.models] == [folder / "one", work / "three"]
 
 

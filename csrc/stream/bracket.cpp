@@ -52,7 +52,7 @@ double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equ
     if (c) variance += double((above - last) * (above - last)) / 2;
     last = above;
   }
-  return std::sqrt(std::max(variance, 1.0)) * spread_margin(s.clusters);
+  return std::sqrt(std::max(variance, 1.0)) * spread_margin(double(s.clusters));
 }
 
 }  // namespace

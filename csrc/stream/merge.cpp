@@ -128,12 +128,12 @@ class GroupMerge {
       });
       for (const Counts& c : counts) sum.add(c);
       stream_nan_ += nan;
+      run_.report.nan += nan;  // now, as a later round may overflow: forget_output takes back what is counted
       seen += streamed;
       if (round + 1 < rounds.count()) narrow_bracket(group_, crew_, store, tally, seen, bracket, &sum);
     }
     for (Chunk* chunk : chunks)
       if (chunk) store.seal(chunk);
-    run_.report.nan += stream_nan_;
     return sum;
   }
 

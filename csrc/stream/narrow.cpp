@@ -7,17 +7,17 @@
 namespace pm {
 
 double Tally::error(int k) const {
-  double variance = 0, total = 0, last_rate = 0;
+  double variance = 0, total = 0, squares = 0, last_rate = 0;
   int64_t bins = 0;
   for (size_t bin = 0; bin < size_.size(); ++bin) {
     if (!size_[bin]) continue;
     const double size = double(size_[bin]);
     const double rate = double(halves_[bin * experts_ + size_t(k)]) / (2 * size);
     if (bins++) variance += size * size * (rate - last_rate) * (rate - last_rate) / 2;
-    total += size, last_rate = rate;
+    total += size, squares += size * size, last_rate = rate;
   }
   if (bins < 2) return 1;
-  return std::sqrt(std::max(variance, 1.0)) / total * spread_margin(bins);
+  return std::sqrt(std::max(variance, 1.0)) / total * spread_margin(total * total / squares);
 }
 
 namespace {

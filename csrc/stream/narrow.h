@@ -21,7 +21,7 @@ class Tally {
   }
 
   // Standard error of the kept share of expert k, from the differences between neighbouring strata; already
-  // widened for how few they are.
+  // widened for how few they are (strata of unequal size count as fewer).
   double error(int k) const;
 
  private:
