@@ -1,4 +1,4 @@
-SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: build test lint format bench
 

@@ -1,7 +1,7 @@
-"""Builds the compiled core, and the CUDA kernels where nvcc is found; everything else stands in pyproject.toml.
+"""Builds the compiled core, and the CUDA kernels where nvcc is found; all else stands in pyproject.toml.
 
-PYMERGE_CUDA=0 leaves the CUDA kernels out; PYMERGE_CUDA=90 builds them for that architecture alone (90,100: for
-these).
+PYMERGE_CUDA=0 leaves the CUDA kernels out; PYMERGE_CUDA=90 builds them for that architecture, 90,100 for
+both.
 """
 
 import os
@@ -65,7 +65,9 @@ class Build(build_ext):
     def compile_kernel(self, source):
         flags = [*CUDA_FLAGS, *architecture_flags()]
         # Named after its flags, so that objects for other architectures are not taken for these.
-        target = Path(self.build_temp, f"{source.stem}-{'-'.join(re.findall(r'sm_([0-9]+)', ' '.join(flags)))}.o")
+        target = Path(
+            self.build_temp, f"{source.stem}-{'-'.join(re.findall(r'sm_([0-9]+)', ' '.join(flags)))}.o"
+        )
         if self.force or newer_group([str(source), "setup.py", *HEADERS], str(target)):
             target.parent.mkdir(parents=True, exist_ok=True)
             subprocess.run(["nvcc", *flags, "-c", str(source), "-o", str(target)], check=True)
@@ -75,7 +77,7 @@ class Build(build_ext):
 extensions = [
     Pybind11Extension(
         "pymerge._core",
-        sources("csrc/cpu", "csrc/stream") + ["csrc/bind.cpp"],
+        [*sources("csrc/cpu", "csrc/stream"), "csrc/bind.cpp"],
         depends=HEADERS,
         cxx_std=20,
         extra_compile_args=FLAGS,

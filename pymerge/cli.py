@@ -126,7 +126,9 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 def _shared(command: Any) -> Any:
     """The options that a plan depends on."""
     for option in (
-        click.option("--max-shard-size", default="5GB", show_default=True, help="Largest output file."),
+        click.option(
+            "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output file."
+        ),
         click.option("--dtype", metavar="TYPE", help="Element type of the output, before the recipe's."),
         click.option("--threads", type=click.IntRange(1, 1024), help="Workers.  [default: processors]"),
         click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB."),

@@ -42,9 +42,10 @@ LIST_SHARE = 8
 
 
 class Backend(Enum):
-    """Who computes: the compiled CPU core, or the torch reference that defines the result."""
+    """Who computes: the compiled CPU core, the CUDA kernels, or the torch reference that defines the result."""
 
     CPU = "cpu"
+    CUDA = "cuda"
     REFERENCE = "reference"
 
 
@@ -75,7 +76,7 @@ def merge_tensors(
     equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
     dict. `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
     (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu",
-    "reference" or None.
+    "cuda", "reference", or None for the best that takes the tensors.
     Raises RecipeError for wrong options, BackendError for inputs that no backend takes.
     """
     members = expert_list(experts)
@@ -116,10 +117,32 @@ def merge_tensors(
 
 def choose_backend(wanted: Backend | None, device: str) -> Backend:
     """The backend for tensors on `device`; BackendError if the wanted one does not take them."""
-    backend = wanted or Backend.CPU
-    if backend is Backend.CPU and device != "cpu":
+    on_cpu = device == "cpu"
+    if wanted is None:
+        if on_cpu:
+            return Backend.CPU
+        return (
+            Backend.CUDA if device.startswith("cuda") and _missing_for_cuda() is None else Backend.REFERENCE
+        )
+    if wanted is Backend.CPU and not on_cpu:
         raise BackendError(f"the tensors lie on {device}; the cpu backend takes tensors on the CPU")
-    return backend
+    if wanted is Backend.CUDA:
+        missing = _missing_for_cuda()
+        if missing is not None:
+            raise BackendError(missing)
+        if not device.startswith("cuda"):
+            raise BackendError(
+                f"the tensors lie on {device}; the cuda backend takes tensors on an NVIDIA device"
+            )
+    return wanted
+
+
+def _missing_for_cuda() -> str | None:
+    try:
+        from pymerge.backends import cuda
+    except ImportError:
+        return "the cuda backend needs torch; install pymerge-kernels[torch]"
+    return cuda.available()
 
 
 def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
@@ -160,6 +183,19 @@ def _run_reference(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads
         TORCH.copy(tensor, out)
 
 
+def _run_cuda(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
+    import torch
+
+    from pymerge.backends import cuda
+
+    if not stacks:
+        return
+    outs = [kind.as_torch(stack.out) for stack in stacks]
+    inputs = [[kind.as_torch(array) for array in stack.inputs] for stack in stacks]
+    with torch.inference_mode(), torch.cuda.device(outs[0].device):
+        cuda.merge_tensors([stack.name for stack in stacks], inputs, outs, rule)
+
+
 _RUNS: Mapping[Backend, Callable[[Sequence[Stack], Rule, ArrayKind, int | None], None]] = MappingProxyType(
-    {Backend.CPU: _run_native, Backend.REFERENCE: _run_reference}
+    {Backend.CPU: _run_native, Backend.CUDA: _run_cuda, Backend.REFERENCE: _run_reference}
 )

@@ -29,7 +29,7 @@ def run_device(
     seed: int | None = 0,
     device: str = "cpu",
 ) -> list[Tensor]:
-    """Merges a group; inputs must come out as they went in. `seed`: the fibers' schedule; None: torch's stream."""
+    """Merges a group; inputs must come out as they went in. `seed`: the fibers' schedule, None on a GPU."""
     bases = [[]] * len(group.names) if group.bases is None else [[base] for base in group.bases]
     rows = [[*base, *xs] for base, xs in zip(bases, group.experts, strict=True)]
     inputs = [[x.to(device, group.cast or x.dtype).contiguous() for x in row] for row in rows]

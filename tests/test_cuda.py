@@ -1,4 +1,4 @@
-"""The CUDA kernels against the reference, bit for bit: as fibers on the processor, and on a GPU where there is one."""
+"""The CUDA kernels give the reference's bits: as fibers on the processor, and on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from cases import Case, expected, golden_cases
 from device import SMALL_PARTS, has_kernels, run_device, seed_of
+from fibers import build, load
 from harness import assert_same_bits
-from shim.build import build, load
 
 from pymerge.backends import cuda
 from pymerge.errors import BackendError
@@ -24,7 +24,7 @@ CASES = [case for case in golden_cases() if case.size <= MOST_ELEMENTS and has_k
 STREAMED = [case for case in CASES if case.method == "ties" and case.size > 4 * SMALL_PARTS.samples]
 FORCED = {"bracket too low": {"bias": 0.3}, "bracket too high": {"bias": -0.3}, "overflow": {"capacity": 3}}
 FORCED |= {"wide bracket": {"sigmas": 40.0}, "narrow bracket": {"sigmas": 0.01}}
-SCRIPT = Path(__file__).parent / "shim" / "run_cases.py"
+SCRIPT = Path(__file__).with_name("fiber_script.py")
 SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 on_gpu = pytest.mark.skipif(cuda.available() is not None, reason=str(cuda.available()))

@@ -1,4 +1,4 @@
-"""The CUDA kernels: torch tensors on one device go in as addresses, and everything is queued on torch's stream.
+"""The CUDA kernels: tensors on one device go in as addresses, and all work is queued on torch's stream.
 
 Nothing here waits for the device: thresholds, verdicts and the exact route are decided by kernels. All memory
 is taken before the first result is written, so that a merge that does not fit leaves everything as it was.
@@ -31,8 +31,8 @@ class Knobs:
 
     `piece`: elements a block takes at a time, a multiple of 8. `samples`: per expert, a multiple of 32.
     `capacity`: undecided entries of one expert that find room, None for what groups of this size need.
-    `sigmas`: half width of the bracket in standard errors. `bias` shifts the bracket by this share of the ranks:
-    tests force a miss with it. `small`: elements up to which tensors share launches.
+    `sigmas`: half width of the bracket in standard errors. `bias` shifts the bracket by this share of the
+    ranks: tests force a miss with it. `small`: elements up to which tensors share launches.
     """
 
     piece: int = 16384
@@ -53,7 +53,7 @@ class Job:
 
     @property
     def count(self) -> int:
-        return self.out.numel()
+        return int(self.out.numel())
 
 
 @dataclass(slots=True)
@@ -202,7 +202,7 @@ def _describe(batch: Batch, rule: Rule, knobs: Knobs, module: ModuleType) -> Non
 
 
 def _capacity(size: int) -> int:
-    """Undecided entries of one expert: about 1 % at 1e6 elements, 0.1 % at 1e9; room for several times that."""
+    """Room for several times the undecided of one expert: about 1 % at 1e6 elements, 0.1 % at 1e9."""
     return max(1 << 16, min(size // 16, (1 << 21) + size // 256))
 
 

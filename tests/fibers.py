@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the processor, where fibers stand in for threads (fiber.h)."""
+"""Builds the CUDA kernels for the processor, where fibers stand in for threads (shim/fiber.h)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ from types import ModuleType
 
 import pybind11
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bind_cuda.cpp"]
-FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-g",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+]
 
 
 def build(folder: Path, extra: Sequence[str] = ("-O1",), *, bf16_only: bool = False) -> Path:
@@ -48,4 +57,3 @@ def load(module: Path) -> ModuleType:
     loaded = module_from_spec(spec)
     loader.exec_module(loaded)
     return loaded
-

@@ -6,12 +6,10 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from cases import expected, golden_cases
 from device import run_device, seed_of
+from fibers import load
 from harness import assert_same_bits
-from shim.build import load
 
 from pymerge.backends.cuda import Job, merge_tensors
 
