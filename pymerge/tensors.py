@@ -42,7 +42,7 @@ LIST_SHARE = 8
 
 
 class Backend(Enum):
-    """Who computes: the compiled CPU core, the CUDA kernels, or the torch reference that defines the result."""
+    """Who computes: the compiled CPU core, CUDA kernels, or the torch reference that defines the result."""
 
     CPU = "cpu"
     CUDA = "cuda"

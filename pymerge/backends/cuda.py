@@ -118,7 +118,10 @@ def merge_tensors(
     queue = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
     for batch in batches:
         dtype = BY_TORCH_NAME[str(batch.jobs[0].out.dtype).removeprefix("torch.")]
-        module.merge(_code(dtype), batch.request | {"workspace": start, "stream": queue})
+        try:
+            module.merge(_code(dtype), batch.request | {"workspace": start, "stream": queue})
+        except RuntimeError as error:  # the device refuses the kernels: nothing has run
+            raise BackendError(f"the cuda backend cannot run on {device}: {error}") from None
     for job, out in converted:
         if job.out is not out:
             out.copy_(job.out).masked_fill_(out.isnan(), float("nan"))  # one NaN, not whichever
