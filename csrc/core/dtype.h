@@ -4,6 +4,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
+#include <cuda_fp16.h>
 #define PM_HD __host__ __device__ __forceinline__
 #else
 // Always inlined: the same header is compiled for several instruction sets, and a shared out-of-line copy
@@ -71,10 +72,14 @@ PM_HD float widen(BF16, uint16_t raw) { return bit_cast<float>(uint32_t(raw) << 
 PM_HD float widen(F32, uint32_t raw) { return bit_cast<float>(raw); }
 PM_HD double widen(F64, uint64_t raw) { return bit_cast<double>(raw); }
 PM_HD float widen(F16, uint16_t raw) {
+#if defined(__CUDA_ARCH__)  // one instruction, the same value
+  return __half2float(__ushort_as_half(raw));
+#else
   const uint32_t sign = uint32_t(raw & 0x8000) << 16, body = raw & 0x7fff;
   if (body >= 0x7c00) return bit_cast<float>(sign | 0x7f800000u | (body & 0x3ff) << 13);
   // Scaling by 2^112 moves the exponent bias from 15 to 127 and is exact, subnormals included.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(body << 13) * 0x1p112f));
+#endif
 }
 
 // Round to nearest, ties to even; every NaN becomes the one canonical NaN of the type.
@@ -85,6 +90,9 @@ PM_HD uint16_t narrow(BF16, float x) {
   return x != x ? BF16::nan : uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
 PM_HD uint16_t narrow(F16, float x) {
+#if defined(__CUDA_ARCH__)
+  return x != x ? F16::nan : __half_as_ushort(__float2half_rn(x));
+#else
   const uint32_t u = bit_cast<uint32_t>(x), sign = (u >> 16) & 0x8000, body = u & 0x7fffffffu;
   if (body > 0x7f800000u) return F16::nan;
   if (body >= 0x477ff000u) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
@@ -92,6 +100,7 @@ PM_HD uint16_t narrow(F16, float x) {
     return uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(body) + 0.5f) - 0x3f000000u));
   }
   return uint16_t(sign | ((body - 0x38000000u + 0xfffu + ((body >> 13) & 1)) >> 13));
+#endif
 }
 
 // f64 to f32 by rounding to odd: rounding the result again to a narrower type then equals rounding once
