@@ -65,7 +65,8 @@ def compiled(kernel: str, type_: str, target: str) -> Code:
     shape = f"Shape<{name}, {KERNELS[kernel]}>"
     text = (
         '#include "map.cuh"\n'
-        f"template __global__ void pm::cuda::map_pieces<pm::cuda::{shape}>(const __grid_constant__ MapCall);\n"
+        f"template __global__ void pm::cuda::map_pieces<pm::cuda::{shape}>("
+        "const __grid_constant__ MapCall);\n"
     )
     text = text.replace(name + ",", f"pm::{name},").replace("Trim::", "pm::Trim::")
     text = text.replace("Collect::", "pm::Collect::").replace("MapCall", "pm::cuda::MapCall")
