@@ -1,0 +1,203 @@
+"""Select: the exact cut of each group and expert, by counting digits of keys, then placing ties.
+
+A key is the magnitude, all NaN equal. A search lies in a bracket of two cuts: of the whole inputs (where the
+bracket is everything) or of rows gathered from them (LISTED: then `flats` holds their flat indices).
+State by group and expert, i64 (G, K): `prefixes`, the digits known; `ranks`, 1 for the largest, among the keys
+that share them. What is asked for does not exist where a rank is past the last key; then all is void but safe.
+"""
+
+import triton
+import triton.language as tl
+
+from pymerge.kernels.pieces import cut_threshold, load_block, element_at, open_piece, task_vector
+from pymerge.kernels.stages import NAN_KEY, magnitude
+
+DIGIT = tl.constexpr(11)
+BINS = tl.constexpr(2048)
+
+
+@triton.jit
+def keys_between(
+    addresses,
+    tensor,
+    group,
+    k,
+    first,
+    flat,
+    flats,
+    here,
+    count,
+    low,
+    high,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    BASE: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Keys, flat indices, and which of them lie in the bracket."""
+    d = task_vector(addresses, tensor, k, first, here, count, K, IN, BASE)
+    key = tl.minimum(magnitude(d), NAN_KEY)
+    where = flat + here
+    if LISTED:
+        where = tl.load(flats + flat + here, mask=here < count, other=0)
+    inside = (key >= cut_threshold(low, group, k, where, K)) & (key < cut_threshold(high, group, k, where, K))
+    return key.to(tl.int32, bitcast=True), where, inside & (here < count)
+
+
+@triton.jit
+def count_digits(
+    launched,
+    pieces,
+    sizes,
+    addresses,
+    flats,
+    low,
+    high,
+    prefixes,
+    tables,
+    SHIFT: tl.constexpr,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    BASE: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts the digit at SHIFT of the keys that share the prefix, into `tables` (G, K, BINS) i64."""
+    number, k = tl.load(launched + tl.program_id(0) // K), tl.program_id(0) % K
+    tensor, first, count, group, flat = open_piece(pieces, sizes, number)
+    prefix = tl.load(prefixes + group * K + k).to(tl.int32)
+    table = tl.zeros((BINS,), tl.int32)
+    step = 0
+    while step * BLOCK < count:
+        here = step * BLOCK + tl.arange(0, BLOCK)
+        key, _, inside = keys_between(
+            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+        )
+        digit = key >> SHIFT
+        table += tl.histogram(digit & (BINS - 1), BINS, mask=inside & ((digit >> DIGIT) == prefix))
+        step += 1
+    to = tables + (group * K + k) * BINS + tl.arange(0, BINS)
+    tl.atomic_add(to, table.to(tl.int64), mask=table > 0, sem="relaxed")
+
+
+@triton.jit
+def settle_digit(tables, prefixes, ranks, totals, FIRST: tl.constexpr):
+    """Finds the digit that holds the rank and clears the table. FIRST: `totals` gets how many keys there are."""
+    search = tl.program_id(0)
+    row = tables + search * BINS + tl.arange(0, BINS)
+    table, rank = tl.load(row), tl.load(ranks + search)
+    reaching = tl.cumsum(table, 0, reverse=True)
+    digit = tl.maximum(tl.sum((reaching >= rank).to(tl.int64), 0) - 1, 0)
+    larger = tl.sum(tl.where(tl.arange(0, BINS) > digit, table, 0), 0)
+    tl.store(ranks + search, rank - larger)
+    tl.store(prefixes + search, (tl.load(prefixes + search) << DIGIT) | digit)
+    if FIRST:
+        tl.store(totals + search, tl.sum(table, 0))
+    tl.store(row, tl.zeros((BINS,), tl.int64))
+
+
+@triton.jit
+def count_equal(
+    launched,
+    pieces,
+    sizes,
+    addresses,
+    flats,
+    low,
+    high,
+    prefixes,
+    tallies,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    BASE: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """How many keys of a piece equal the magnitude found: `tallies` (P, K) i64."""
+    number, k = tl.load(launched + tl.program_id(0) // K), tl.program_id(0) % K
+    tensor, first, count, group, flat = open_piece(pieces, sizes, number)
+    found = tl.load(prefixes + group * K + k).to(tl.int32)
+    equal = tl.zeros((), tl.int64)
+    step = 0
+    while step * BLOCK < count:
+        here = step * BLOCK + tl.arange(0, BLOCK)
+        key, _, inside = keys_between(
+            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+        )
+        equal += tl.sum((inside & (key == found)).to(tl.int64), 0)
+        step += 1
+    tl.store(tallies + number.to(tl.int64) * K + k, equal)
+
+
+@triton.jit
+def place_ties(
+    holders,
+    ranks,
+    pieces,
+    sizes,
+    addresses,
+    kinds,
+    flats,
+    low,
+    high,
+    prefixes,
+    indices,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    KIND: tl.constexpr,
+    BASE: tl.constexpr,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of the keys that equal the magnitude, the one of each rank lies in piece `holders`: one past its index.
+
+    `holders`, `ranks`, `indices`: (G, K) i64.
+    """
+    search = tl.program_id(0)
+    k = search % K
+    tensor, first, count, group, flat = open_piece(pieces, sizes, tl.load(holders + search))
+    if tl.load(kinds + tensor * 2) == KIND:
+        found, rank = tl.load(prefixes + search).to(tl.int32), tl.load(ranks + search)
+        last, seen = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+        step = 0
+        while step * BLOCK < count:
+            here = step * BLOCK + tl.arange(0, BLOCK)
+            key, where, inside = keys_between(
+                addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+            )
+            equal = (inside & (key == found)).to(tl.int64)
+            ordinal = seen + tl.cumsum(equal, 0)
+            last = tl.maximum(last, tl.max(tl.where((equal != 0) & (ordinal == rank), where + 1, 0), 0))
+            seen += tl.sum(equal, 0)
+            step += 1
+        tl.store(indices + search, last)
+
+
+@triton.jit
+def select_small(
+    launched,
+    addresses,
+    sizes,
+    ranks,
+    cuts,
+    K: tl.constexpr,
+    IN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The cut of one expert of one tensor of at most BLOCK elements, bit by bit, which is its own group."""
+    tensor, k = tl.load(launched + tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+    size, rank = tl.load(sizes + tensor), tl.load(ranks + tensor * K + k)
+    here = tl.arange(0, BLOCK)
+    d = task_vector(addresses, tensor, k, 0, here, size, K, IN, True)
+    key = tl.where(here < size, tl.minimum(magnitude(d), NAN_KEY).to(tl.int32, bitcast=True), -1)
+    found = tl.zeros((), tl.int32)
+    bit = tl.zeros((), tl.int32) + 0x40000000
+    while bit > 0:
+        enough = tl.sum((key >= (found | bit)).to(tl.int64), 0) >= rank
+        found = tl.where(enough, found | bit, found)
+        bit = bit >> 1
+    equal = (key == found).to(tl.int64)
+    rest = rank - tl.sum((key > found).to(tl.int64), 0)
+    last = tl.max(tl.where((equal != 0) & (tl.cumsum(equal, 0) == rest), here + 1, 0), 0)
+    tl.store(cuts + (tensor * K + k) * 2, found.to(tl.int64))
+    tl.store(cuts + (tensor * K + k) * 2 + 1, last.to(tl.int64))
