@@ -1,9 +1,9 @@
 """What one program is given: a piece, which is a run of elements of one tensor; and how it reads them.
 
-Tables of int64: `pieces` (P, 6): tensor, first element, count, group, flat index of the first element in its
-group, byte at which its undecided are marked. `addresses` (T, K + 2): base, experts, out. `sizes` (T): how many
-elements a tensor holds. `cuts` (G, K, 2): magnitude and index; kept is what lies above the magnitude, or
-equals it at a lower flat index.
+Tables of int64:
+`pieces` (P, 6): tensor, first element, count, group, flat index of the first element in its group, and the
+byte at which its undecided are marked. `addresses` (T, K + 2): base, experts, out. `sizes` (T): elements.
+`cuts` (G, K, 2): magnitude and index; kept is what lies above the magnitude, or equals it at a lower index.
 RAGGED: the piece is no multiple of BLOCK, or its addresses are no multiples of 16.
 """
 
@@ -28,19 +28,17 @@ def open_piece(pieces, sizes, number):
 @triton.jit
 def raw_pointer(address, TYPE: tl.constexpr):
     """Addresses as pointers to the integers that elements of TYPE travel as."""
-    if TYPE == tl.float32:
+    if tl.float32 == TYPE:
         return address.to(tl.pointer_type(tl.uint32))
-    else:
-        return address.to(tl.pointer_type(tl.uint16))
+    return address.to(tl.pointer_type(tl.uint16))
 
 
 @triton.jit
 def aligned_pointer(address, TYPE: tl.constexpr):
     """The same for one address that is a multiple of 16: a hint on what a call returns would be lost."""
-    if TYPE == tl.float32:
+    if tl.float32 == TYPE:
         return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-    else:
-        return tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
+    return tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
 
 
 @triton.jit
@@ -49,8 +47,7 @@ def element_at(addresses, tensor, column, first, K: tl.constexpr, TYPE: tl.const
     address = tl.load(addresses + tensor * (K + 2) + column)
     if RAGGED:
         return raw_pointer(address, TYPE) + first
-    else:
-        return aligned_pointer(address, TYPE) + first
+    return aligned_pointer(address, TYPE) + first
 
 
 @triton.jit
@@ -58,8 +55,7 @@ def load_block(pointer, here, count, TYPE: tl.constexpr, RAGGED: tl.constexpr):
     """The elements at offsets `here`, as f32; zero past the end of a ragged piece."""
     if RAGGED:
         return widen(tl.load(pointer + here, mask=here < count, other=0), TYPE)
-    else:
-        return widen(tl.load(pointer + here), TYPE)
+    return widen(tl.load(pointer + here), TYPE)
 
 
 @triton.jit

@@ -1,15 +1,15 @@
 """Select: the exact cut of each group and expert, by counting digits of keys, then placing ties.
 
-A key is the magnitude, all NaN equal. A search lies in a bracket of two cuts: of the whole inputs (where the
-bracket is everything) or of rows gathered from them (LISTED: then `flats` holds their flat indices).
-State by group and expert, i64 (G, K): `prefixes`, the digits known; `ranks`, 1 for the largest, among the keys
-that share them. What is asked for does not exist where a rank is past the last key; then all is void but safe.
+A key is the magnitude, all NaN equal. Keys come from whole inputs, or from rows gathered from them, of which
+`flats` holds the flat indices. WITHIN: only keys between two cuts, `low` and `high`, take part.
+State by group and expert, i64 (G, K): `prefixes`, the digits known; `ranks`, 1 for the largest, among the
+keys that share them. Where a rank is past the last key the answer is void, but nothing breaks.
 """
 
 import triton
 import triton.language as tl
 
-from pymerge.kernels.pieces import cut_threshold, load_block, element_at, open_piece, task_vector
+from pymerge.kernels.pieces import cut_threshold, open_piece, task_vector
 from pymerge.kernels.stages import NAN_KEY, magnitude
 
 DIGIT = tl.constexpr(11)
@@ -32,16 +32,17 @@ def keys_between(
     K: tl.constexpr,
     IN: tl.constexpr,
     BASE: tl.constexpr,
-    LISTED: tl.constexpr,
+    WITHIN: tl.constexpr,
 ):
-    """Keys, flat indices, and which of them lie in the bracket."""
+    """Keys, and which of them take part in the search."""
     d = task_vector(addresses, tensor, k, first, here, count, K, IN, BASE)
     key = tl.minimum(magnitude(d), NAN_KEY)
-    where = flat + here
-    if LISTED:
-        where = tl.load(flats + flat + here, mask=here < count, other=0)
-    inside = (key >= cut_threshold(low, group, k, where, K)) & (key < cut_threshold(high, group, k, where, K))
-    return key.to(tl.int32, bitcast=True), where, inside & (here < count)
+    live = here < count
+    if WITHIN:
+        at = tl.load(flats + flat + here, mask=live, other=0)
+        live = live & (key >= cut_threshold(low, group, k, at, K))
+        live = live & (key < cut_threshold(high, group, k, at, K))
+    return key.to(tl.int32, bitcast=True), live
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def count_digits(
     K: tl.constexpr,
     IN: tl.constexpr,
     BASE: tl.constexpr,
-    LISTED: tl.constexpr,
+    WITHIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Counts the digit at SHIFT of the keys that share the prefix, into `tables` (G, K, BINS) i64."""
@@ -70,8 +71,8 @@ def count_digits(
     step = 0
     while step * BLOCK < count:
         here = step * BLOCK + tl.arange(0, BLOCK)
-        key, _, inside = keys_between(
-            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+        key, inside = keys_between(
+            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, WITHIN
         )
         digit = key >> SHIFT
         table += tl.histogram(digit & (BINS - 1), BINS, mask=inside & ((digit >> DIGIT) == prefix))
@@ -82,7 +83,7 @@ def count_digits(
 
 @triton.jit
 def settle_digit(tables, prefixes, ranks, totals, FIRST: tl.constexpr):
-    """Finds the digit that holds the rank and clears the table. FIRST: `totals` gets how many keys there are."""
+    """Finds the digit that holds the rank and clears the table. FIRST: `totals` gets the number of keys."""
     search = tl.program_id(0)
     row = tables + search * BINS + tl.arange(0, BINS)
     table, rank = tl.load(row), tl.load(ranks + search)
@@ -110,7 +111,7 @@ def count_equal(
     K: tl.constexpr,
     IN: tl.constexpr,
     BASE: tl.constexpr,
-    LISTED: tl.constexpr,
+    WITHIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """How many keys of a piece equal the magnitude found: `tallies` (P, K) i64."""
@@ -121,8 +122,8 @@ def count_equal(
     step = 0
     while step * BLOCK < count:
         here = step * BLOCK + tl.arange(0, BLOCK)
-        key, _, inside = keys_between(
-            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+        key, inside = keys_between(
+            addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, WITHIN
         )
         equal += tl.sum((inside & (key == found)).to(tl.int64), 0)
         step += 1
@@ -146,6 +147,7 @@ def place_ties(
     IN: tl.constexpr,
     KIND: tl.constexpr,
     BASE: tl.constexpr,
+    WITHIN: tl.constexpr,
     LISTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -158,19 +160,20 @@ def place_ties(
     tensor, first, count, group, flat = open_piece(pieces, sizes, tl.load(holders + search))
     if tl.load(kinds + tensor * 2) == KIND:
         found, rank = tl.load(prefixes + search).to(tl.int32), tl.load(ranks + search)
-        last, seen = tl.zeros((), tl.int64), tl.zeros((), tl.int64)
+        last, seen = tl.zeros((), tl.int32), tl.zeros((), tl.int64)
         step = 0
         while step * BLOCK < count:
             here = step * BLOCK + tl.arange(0, BLOCK)
-            key, where, inside = keys_between(
-                addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, LISTED
+            key, inside = keys_between(
+                addresses, tensor, group, k, first, flat, flats, here, count, low, high, K, IN, BASE, WITHIN
             )
             equal = (inside & (key == found)).to(tl.int64)
             ordinal = seen + tl.cumsum(equal, 0)
-            last = tl.maximum(last, tl.max(tl.where((equal != 0) & (ordinal == rank), where + 1, 0), 0))
+            last = tl.maximum(last, tl.max(tl.where((equal != 0) & (ordinal == rank), here, 0), 0))
             seen += tl.sum(equal, 0)
             step += 1
-        tl.store(indices + search, last)
+        at = tl.load(flats + flat + last) if LISTED else flat + last
+        tl.store(indices + search, at + 1)
 
 
 @triton.jit

@@ -20,25 +20,23 @@ NOTHING = tl.constexpr(0xFFFFFFFF)
 @triton.jit
 def widen(raw, TYPE: tl.constexpr):
     """Raw elements of TYPE as f32, exactly."""
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    elif TYPE == tl.float16:
+    if tl.float16 == TYPE:
         return raw.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
-        return raw.to(tl.float32, bitcast=True)
+    return raw.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """f32 as raw elements of TYPE, to nearest even; every NaN becomes the one canonical NaN of the type."""
     bits = x.to(tl.uint32, bitcast=True)
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
-    elif TYPE == tl.float16:
+    if tl.float16 == TYPE:
         return tl.where(x != x, 0x7E00, x.to(tl.float16).to(tl.uint16, bitcast=True)).to(tl.uint16)
-    else:
-        return tl.where(x != x, 0x7FC00000, bits).to(tl.uint32)
+    return tl.where(x != x, 0x7FC00000, bits).to(tl.uint32)
 
 
 # -- trim ---------------------------------------------------------------------------------------------------
@@ -61,6 +59,12 @@ def threshold_at(cut_magnitude, cut_index, flat):
 def trim_magnitude(d, threshold):
     """Which entries of a task vector reach the threshold."""
     return magnitude(d) >= threshold
+
+
+@triton.jit
+def keep_where(mask, x):
+    """x where the mask is all ones (int32), +0 where it is zero."""
+    return (x.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
 
 
 @triton.jit

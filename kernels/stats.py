@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from pymerge.kernels.pieces import COLUMNS, MARK, cut_threshold, element_at, load_block, open_piece, raw_pointer, task_vector
+from pymerge.kernels.pieces import (
+    COLUMNS,
+    MARK,
+    cut_threshold,
+    element_at,
+    load_block,
+    open_piece,
+    raw_pointer,
+    task_vector,
+)
 from pymerge.kernels.stages import magnitude, trim_magnitude, trim_random, widen
 
 # The contract's order of sums: element i of a block of 65,536 adds to lane i % 16.
@@ -116,8 +125,8 @@ def masses(
 ):
     """Sums of |d| and of the kept |d|, in f64 and the contract's order, of WIDE blocks of 65,536 elements.
 
-    `blocks` (programs, 2): tensor and its first block. `places` (T, 3): group, flat index of the tensor's first
-    element, row of its first block in `sums` (rows, K, 2, 16) f64, which holds each lane.
+    `blocks` (programs, 2): tensor and its first block. `places` (T, 3): group, flat index of the tensor's
+    first element, row of its first block in `sums` (rows, K, 2, 16) f64, which holds each lane.
     """
     program, k = tl.program_id(0) // K, tl.program_id(0) % K
     tensor, block = tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1)
@@ -154,7 +163,7 @@ def masses(
 
 @triton.jit
 def add_up(sums, begins, results, K: tl.constexpr):
-    """Adds lanes in order 0..15, then blocks in index order: `results` (T, K, 2) f64 of one tensor and expert."""
+    """Adds lanes in order 0..15, then blocks in index order: one of `results` (T, K, 2) f64."""
     tensor, rest = tl.program_id(0) // (2 * K), tl.program_id(0) % (2 * K)
     total = tl.zeros((), tl.float64)
     block, end = tl.load(begins + tensor), tl.load(begins + tensor + 1)

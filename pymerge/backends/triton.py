@@ -1,9 +1,9 @@
 """The Triton backend: the reference's bits on a GPU, or in triton's interpreter.
 
-The way of tensors that are trimmed by magnitude, a wave of groups at a time: sample -> bracket -> stream (one
-pass over the inputs: results as if the undecided were trimmed, exact counts, marks) -> list, gather and select
-among the undecided -> fix_up. The counts prove, for each group, that its bracket held; the groups where it did
-not go the exact way, which reads the inputs several times. So do groups too small for a sample to pay.
+The way of tensors that are trimmed by magnitude, a wave of groups at a time: sample -> bracket -> stream
+(one pass over the inputs: results as if the undecided were trimmed, exact counts, marks) -> list, gather and
+select among the undecided -> fix_up. The counts prove, for each group, that its bracket held; groups where it
+did not go the exact way, which reads the inputs several times. So do those too small for a sample to pay.
 Nothing waits for the device before that verdict.
 """
 
@@ -30,13 +30,12 @@ from pymerge.backends.triton_search import (
     search,
 )
 from pymerge.backends.triton_sums import Masses
-from pymerge.backends.triton_tables import KINDS, TYPES, Integers, Member, Wave
+from pymerge.backends.triton_tables import KINDS, THREADS, TYPES, Integers, Member, Wave, elements_per_thread
 from pymerge.errors import BackendError
 from pymerge.kernels import map as kernels
 from pymerge.kernels import select, stats
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
-THREADS = 128
 MOST_EXPERTS = 64
 # Tensors whose cuts one program finds, held in its registers.
 SMALL = 16384
@@ -48,9 +47,9 @@ MOST_SEARCHES = 2048
 class Settings:
     """How a merge is carried out; nothing here changes a bit of the result.
 
-    `block`: elements of a program's step (None: what suits the type and the number of experts). `sigmas`: half
-    width of the bracket in standard errors. `bracket_bias` shifts it by that share of the ranks, and
-    `capacity` limits the undecided of each group, so that tests can force a miss and an overflow.
+    `block`: elements of a program's step (None: what suits type and number of experts). `sigmas`: half width
+    of the bracket in standard errors. `bracket_bias` shifts it by that share of the ranks, and `capacity`
+    limits the undecided of each group, so that tests can force a miss and an overflow.
     `one_pass_from`: elements from which a group is sampled and streamed.
     """
 
@@ -245,11 +244,8 @@ class Merge:
 
     def _exact_cuts(self, wave: Wave, wanted: Integers | None = None) -> Tensor:
         ranks = wave.send(wave.kept())
-        low, high = cuts_like(KEEP_ALL, ranks), cuts_like(KEEP_NONE, ranks)
         source = Source.inputs(wave, wanted)
-        found = search(
-            source, ranks.clamp(min=1), low, high, self.rule.threshold_ties, self.workspace
-        )
+        found = search(source, ranks.clamp(min=1), self.rule.threshold_ties, self.workspace)
         return self._fixed(wave, found.cuts)
 
     # -- the one pass ---------------------------------------------------------------------------------------
@@ -261,9 +257,7 @@ class Merge:
         low, high = sample_bracket(
             wave, sample, ranks, settings.sigmas, settings.bracket_bias, self.workspace
         )
-        tallies = torch.zeros(
-            len(wave.pieces), 2 * self.experts + 1, dtype=torch.int32, device=wave.device
-        )
+        tallies = torch.zeros(len(wave.pieces), 2 * self.experts + 1, dtype=torch.int32, device=wave.device)
         for launch, numbers in zip(wave.pieces.launches, wave.launched, strict=True):
             block, per = self._block(launch.kind)
             kernels.stream[(len(launch.numbers),)](
@@ -272,8 +266,8 @@ class Merge:
                 wave.sizes_on,
                 wave.addresses_on,
                 wave.numbers_on,
-                low.contiguous(),
-                high.contiguous(),
+                low,
+                high,
                 self.workspace.marks,
                 tallies,
                 IN=TYPES[launch.kind][1],
@@ -326,7 +320,7 @@ class Merge:
         ties = self.rule.threshold_ties
         kept, above = totals[:, : self.experts], totals[:, self.experts : 2 * self.experts]
         rank = ranks - kept
-        found = search(undecided.source, rank.clamp(min=1), low, high, ties, self.workspace)
+        found = search(undecided.source, rank.clamp(min=1), ties, self.workspace, (low, high))
         to_the_bottom = (low[..., 0] == 1) & (low[..., 1] == ALL_INDICES)
         past_the_end = rank > found.totals
         cuts = torch.where((rank == 0)[..., None], high, found.cuts)
@@ -394,12 +388,11 @@ class Merge:
             "ELECT": self.rule.elect,
             "NORMALIZE": self.rule.normalize,
             "UNIT": self.unit,
+            "num_warps": THREADS // (64 if torch.version.hip else 32),
             **EXACT,
         }
 
     def _block(self, kind: int) -> tuple[int, int]:
-        """Elements of a step and of a thread: 16 bytes of each input, fewer where that many do not fit."""
-        per = 16 // TYPES[kind][0].itemsize
-        while per > 1 and per * self.experts > THREADS:
-            per //= 2
-        return (self.settings.block, per) if self.settings.block else (per * THREADS, per)
+        """Elements of a step, and of a thread."""
+        per = elements_per_thread(TYPES[kind][0].itemsize, self.experts)
+        return self.settings.block or per * THREADS, per

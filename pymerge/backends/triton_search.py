@@ -134,17 +134,22 @@ class Found:
 
 
 def search(
-    source: Source, ranks: Tensor, low: Tensor, high: Tensor, ties: ThresholdTies, workspace: Workspace
+    source: Source,
+    ranks: Tensor,
+    ties: ThresholdTies,
+    workspace: Workspace,
+    bracket: tuple[Tensor, Tensor] | None = None,
 ) -> Found:
-    """The cut that keeps the `ranks` (G, K) largest of the keys between two cuts; void where there is none."""
+    """The cut that keeps the `ranks` (G, K) largest keys of those in the bracket; void if there is none."""
     groups, experts = ranks.shape
     ranks = ranks.contiguous().clone()
     prefixes, totals = torch.zeros_like(ranks), torch.zeros_like(ranks)
     listed = source.flats is not None
     flats = ranks if source.flats is None else source.flats
+    low, high = bracket or (ranks, ranks)
 
     def options(kind: int) -> dict[str, object]:
-        shape = {"K": experts, "IN": TYPES[kind][1], "BASE": not listed, "LISTED": listed}
+        shape = {"K": experts, "IN": TYPES[kind][1], "BASE": not listed, "WITHIN": bracket is not None}
         return {**shape, "BLOCK": source.block, **EXACT}
 
     read = (source.pieces, source.sizes, source.addresses, flats, low, high, prefixes)
@@ -185,6 +190,7 @@ def search(
             prefixes,
             indices,
             KIND=kind,
+            LISTED=listed,
             **options(kind),
         )
     return Found(torch.stack([prefixes, indices], -1), totals)
@@ -194,10 +200,10 @@ def search(
 
 
 def sample_sizes(group_sizes: Integers) -> Integers:
-    """How many entries of each group are sampled: pairs of clusters, as n^(2/3), where cost and gain balance."""
+    """How many entries of each group are sampled: as n^(2/3), where cost and gain balance."""
     wanted = np.minimum(MOST_SAMPLES, (8 * group_sizes.astype(np.float64) ** (2 / 3)).astype(np.int64))
     pairs = np.maximum(1, np.minimum(wanted, group_sizes) // (2 * CLUSTER))
-    return pairs * 2 * CLUSTER
+    return np.asarray(pairs * 2 * CLUSTER, np.int64)
 
 
 def list_samples(wave: Wave, rows: Rows) -> None:
@@ -229,7 +235,7 @@ def sample_bracket(
     n = wave.send(wave.group_sizes)[:, None]
     share = ranks.double() / n.double() + bias
     centre = (share * sampled).clamp(min=1).minimum(sampled.double())
-    middle = search(rows.source, centre.long(), everything, nothing, ties, workspace).cuts
+    middle = search(rows.source, centre.long(), ties, workspace).cuts
     variances = torch.zeros_like(ranks)
     source = rows.source
     stats.spread[(rows.count * wave.experts,)](
@@ -246,8 +252,8 @@ def sample_bracket(
     error = variances.clamp(min=1).double().sqrt() * (1 + FEW_CLUSTERS * CLUSTER / sampled)
     half = sigmas * error + 1
     high_rank, low_rank = (centre - half).floor().long(), (centre + half).ceil().long()
-    high = search(source, high_rank.clamp(min=1), everything, nothing, ties, workspace).cuts
-    low = search(source, low_rank.minimum(sampled), everything, nothing, ties, workspace).cuts
+    high = search(source, high_rank.clamp(min=1), ties, workspace).cuts
+    low = search(source, low_rank.minimum(sampled), ties, workspace).cuts
     high = torch.where((high_rank < 1)[..., None], nothing, high)
     low = torch.where((low_rank > sampled)[..., None], everything, low)
     if not wave.rule.rescale:  # zero entries never count, unless an infinite scale makes them NaN
@@ -256,10 +262,9 @@ def sample_bracket(
         high = torch.where(high[..., :1] == 0, above_zero, high)
     searched = (ranks > 0)[..., None]
     fixed = torch.where((ranks < 0)[..., None], everything, nothing)
-    return (
-        torch.where(searched, between_pieces(wave, low, up=True), fixed),
-        torch.where(searched, between_pieces(wave, high, up=False), fixed),
-    )
+    low = torch.where(searched, between_pieces(wave, low, up=True), fixed)
+    high = torch.where(searched, between_pieces(wave, high, up=False), fixed)
+    return low.contiguous(), high.contiguous()
 
 
 def between_pieces(wave: Wave, cuts: Tensor, up: bool) -> Tensor:
@@ -273,4 +278,3 @@ def between_pieces(wave: Wave, cuts: Tensor, up: bool) -> Tensor:
     moved = edges[place if up else place - 1] - offset
     index = torch.where(cuts[..., 1] >= size, cuts[..., 1], moved)
     return torch.stack([cuts[..., 0], index], -1)
-

@@ -21,11 +21,18 @@ from pymerge.rule import Rule
 TYPES = ((torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.float32, tl.float32))
 KINDS = {dtype: kind for kind, (dtype, _) in enumerate(TYPES)}
 ALIGNMENT = 16
+# Threads of a program that maps, whatever the width of a warp.
+THREADS = 128
 # Pieces are at least this many, if that leaves each a block: enough to occupy every processor evenly.
 MANY_PIECES = 4096
 MOST_STEPS = 64
 
 Integers = NDArray[np.int64]
+
+
+def elements_per_thread(itemsize: int, experts: int) -> int:
+    """16 bytes of each input; fewer where so many experts would not fit in a thread's registers."""
+    return int(min(16 // itemsize, 2 ** ((64 // experts).bit_length() - 1)))
 
 
 @dataclass(frozen=True)
