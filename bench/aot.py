@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from pymerge.backends.triton_tables import THREADS, elements_per_thread
 from pymerge.kernels import map as kernels
+from pymerge.kernels import select, stats
 
 EXPERTS = (2, 4, 8, 16, 32)
 TYPES = {"bf16": tl.bfloat16, "f32": tl.float32}
@@ -35,7 +36,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {"numbers": "*fp32", "marks": "*u8", "tallies": "*i32"}
+POINTERS = {"numbers": "*fp32", "marks": "*u8", "tallies": "*i32", "owners": "*i32"}
+F64_SUMS = {"sums": "*fp64", "results": "*fp64"}
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -55,6 +57,53 @@ class Code:
     instructions: float
 
 
+def build(function: Any, constants: Mapping[str, Any], target: str) -> Any:
+    """What triton makes of a kernel whose other arguments are pointers to tables."""
+    names = function.arg_names
+    pointers = POINTERS | (F64_SUMS if function.__name__ in ("masses", "add_up") else {})
+    if function.__name__ == "count_equal":
+        pointers = pointers | {"tallies": "*i64"}
+    source = ASTSource(
+        fn=function,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "*i64") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): ALIGNED for i, n in enumerate(names) if n not in constants},
+    )
+    gpu = TARGETS[target]
+    options = {"num_warps": THREADS // gpu.warp_size, "enable_fp_fusion": False}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Specialisations of all kernels, so that no user is the first to compile one."""
+    one = {"K": 3, "IN": tl.float16, "OUT": tl.bfloat16, "BLOCK": 1024}
+    formula = {"ELECT": True, "NORMALIZE": True, "UNIT": False}
+    ragged = one | formula | {"RAGGED": True}
+    for trim in (0, 1, 2):
+        for base in (True, False):
+            options = ragged | {"TRIM": trim, "BASE": base, "ELECT": base}
+            yield f"map_pieces trim {trim} base {base}", kernels.map_pieces, options
+    for all_ties in (True, False):
+        yield f"stream all {all_ties}", kernels.stream, ragged | {"ALL": all_ties, "PER": 8}
+    rows = {"K": 3, "OUT": tl.float16, "KIND": 1, "BLOCK": 512}
+    yield "fix_up", kernels.fix_up, rows | formula
+    yield "list_undecided", stats.list_undecided, {"BLOCK": 1024}
+    yield "gather", stats.gather, {"K": 3, "IN": tl.bfloat16, "KIND": 0, "BLOCK": 1024}
+    yield "spread", stats.spread, {"K": 3, "BLOCK": 1024}
+    for by_cut in (True, False):
+        options = {"K": 3, "IN": tl.bfloat16, "TRIM_BY_CUT": by_cut, "ROWS": 4096, "WIDE": 8}
+        yield f"masses by cut {by_cut}", stats.masses, options
+    yield "add_up", stats.add_up, {"K": 3}
+    search = {"K": 3, "IN": tl.float32, "BLOCK": 1024}
+    for listed in (True, False):
+        some = search | {"BASE": not listed, "WITHIN": listed}
+        yield f"count_digits listed {listed}", select.count_digits, some | {"SHIFT": 11}
+        yield f"count_equal listed {listed}", select.count_equal, some
+        yield f"place_ties listed {listed}", select.place_ties, some | {"KIND": 2, "LISTED": listed}
+    yield "settle_digit", select.settle_digit, {"FIRST": True}
+    yield "select_small", select.select_small, search
+
+
 def compiled(kernel: str, type_: str, experts: int, target: str) -> Code:
     """`kernel`: "stream" or "map_pieces", of whole pieces, for ties with unit weights."""
     function = getattr(kernels, kernel)
@@ -71,16 +120,8 @@ def compiled(kernel: str, type_: str, experts: int, target: str) -> Code:
     }
     more = {"ALL": False, "PER": per} if kernel == "stream" else {"BASE": True, "TRIM": 1}
     constants.update(more)
-    names = function.arg_names
-    source = ASTSource(
-        fn=function,
-        signature={n: "constexpr" if n in constants else POINTERS.get(n, "*i64") for n in names},
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(i,): ALIGNED for i, n in enumerate(names) if n not in constants},
-    )
+    made = build(function, constants, target)
     gpu = TARGETS[target]
-    options = {"num_warps": THREADS // gpu.warp_size, "enable_fp_fusion": False}
-    made = triton.compile(source, target=gpu, options=options)
     read = _amd(made.asm["amdgcn"]) if gpu.backend == "hip" else _nvidia(made.asm["cubin"])
     registers, stack, loop = read
     return Code(
@@ -162,7 +203,14 @@ def main() -> None:
     parser.add_argument("--type", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--experts", nargs="+", type=int, default=list(EXPERTS))
     parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--every", action="store_true", help="only compile every kernel once for each target")
     options = parser.parse_args()
+    if options.every:
+        for name, function, constants in every_kernel():
+            for target in options.target:
+                build(function, constants, target)
+                print(f"{name}: {target}", flush=True)
+        return
     if not options.json:
         print("kernel      type   K  target  registers  stack  16-byte loads  stores  instructions")
     for code in table(options.kernel, options.type, options.experts, options.target):

@@ -38,9 +38,10 @@ def weigh(d, numbers, tensor, k, K: tl.constexpr, BASE: tl.constexpr, UNIT: tl.c
     """v = (d * scale) * weight, two roundings; UNIT: every weight and scale is 1."""
     if UNIT:
         return d
-    if BASE:
+    elif BASE:
         return d * tl.load(numbers + K + SCALES + tensor * K + k) * tl.load(numbers + k)
-    return d * tl.load(numbers + k)
+    else:
+        return d * tl.load(numbers + k)
 
 
 @triton.jit

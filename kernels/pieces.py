@@ -28,17 +28,19 @@ def open_piece(pieces, sizes, number):
 @triton.jit
 def raw_pointer(address, TYPE: tl.constexpr):
     """Addresses as pointers to the integers that elements of TYPE travel as."""
-    if tl.float32 == TYPE:
+    if TYPE == tl.float32:
         return address.to(tl.pointer_type(tl.uint32))
-    return address.to(tl.pointer_type(tl.uint16))
+    else:
+        return address.to(tl.pointer_type(tl.uint16))
 
 
 @triton.jit
 def aligned_pointer(address, TYPE: tl.constexpr):
     """The same for one address that is a multiple of 16: a hint on what a call returns would be lost."""
-    if tl.float32 == TYPE:
+    if TYPE == tl.float32:
         return tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 16)
-    return tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
 
 
 @triton.jit
@@ -47,7 +49,8 @@ def element_at(addresses, tensor, column, first, K: tl.constexpr, TYPE: tl.const
     address = tl.load(addresses + tensor * (K + 2) + column)
     if RAGGED:
         return raw_pointer(address, TYPE) + first
-    return aligned_pointer(address, TYPE) + first
+    else:
+        return aligned_pointer(address, TYPE) + first
 
 
 @triton.jit
@@ -55,7 +58,8 @@ def load_block(pointer, here, count, TYPE: tl.constexpr, RAGGED: tl.constexpr):
     """The elements at offsets `here`, as f32; zero past the end of a ragged piece."""
     if RAGGED:
         return widen(tl.load(pointer + here, mask=here < count, other=0), TYPE)
-    return widen(tl.load(pointer + here), TYPE)
+    else:
+        return widen(tl.load(pointer + here), TYPE)
 
 
 @triton.jit

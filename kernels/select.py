@@ -12,6 +12,8 @@ import triton.language as tl
 from pymerge.kernels.pieces import cut_threshold, open_piece, task_vector
 from pymerge.kernels.stages import NAN_KEY, magnitude
 
+# Three digits of 11 bits hold the 31 bits of a magnitude.
+DIGITS = tl.constexpr(3)
 DIGIT = tl.constexpr(11)
 BINS = tl.constexpr(2048)
 
@@ -82,14 +84,20 @@ def count_digits(
 
 
 @triton.jit
+def digit_of(table, rank):
+    """The digit that holds the rank, by how many keys have each; and how many keys have a larger one."""
+    reaching = tl.cumsum(table, 0, reverse=True)
+    digit = tl.maximum(tl.sum((reaching >= rank).to(tl.int32), 0) - 1, 0)
+    return digit, tl.sum(tl.where(tl.arange(0, BINS) > digit, table, 0), 0)
+
+
+@triton.jit
 def settle_digit(tables, prefixes, ranks, totals, FIRST: tl.constexpr):
-    """Finds the digit that holds the rank and clears the table. FIRST: `totals` gets the number of keys."""
+    """Adds the digit found to the prefix, clears the table. FIRST: `totals` gets the number of keys."""
     search = tl.program_id(0)
     row = tables + search * BINS + tl.arange(0, BINS)
     table, rank = tl.load(row), tl.load(ranks + search)
-    reaching = tl.cumsum(table, 0, reverse=True)
-    digit = tl.maximum(tl.sum((reaching >= rank).to(tl.int64), 0) - 1, 0)
-    larger = tl.sum(tl.where(tl.arange(0, BINS) > digit, table, 0), 0)
+    digit, larger = digit_of(table, rank)
     tl.store(ranks + search, rank - larger)
     tl.store(prefixes + search, (tl.load(prefixes + search) << DIGIT) | digit)
     if FIRST:
@@ -187,20 +195,20 @@ def select_small(
     IN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The cut of one expert of one tensor of at most BLOCK elements, bit by bit, which is its own group."""
+    """The cut of one expert of one tensor of at most BLOCK elements, which is its own group."""
     tensor, k = tl.load(launched + tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
     size, rank = tl.load(sizes + tensor), tl.load(ranks + tensor * K + k)
     here = tl.arange(0, BLOCK)
     d = task_vector(addresses, tensor, k, 0, here, size, K, IN, True)
-    key = tl.where(here < size, tl.minimum(magnitude(d), NAN_KEY).to(tl.int32, bitcast=True), -1)
+    key = tl.minimum(magnitude(d), NAN_KEY).to(tl.int32, bitcast=True)
     found = tl.zeros((), tl.int32)
-    bit = tl.zeros((), tl.int32) + 0x40000000
-    while bit > 0:
-        enough = tl.sum((key >= (found | bit)).to(tl.int64), 0) >= rank
-        found = tl.where(enough, found | bit, found)
-        bit = bit >> 1
-    equal = (key == found).to(tl.int64)
-    rest = rank - tl.sum((key > found).to(tl.int64), 0)
-    last = tl.max(tl.where((equal != 0) & (tl.cumsum(equal, 0) == rest), here + 1, 0), 0)
+    for settled in tl.static_range(DIGITS):
+        digit = key >> (DIGIT * (DIGITS - 1 - settled))
+        inside = (here < size) & ((digit >> DIGIT) == found)
+        next_digit, larger = digit_of(tl.histogram(digit & (BINS - 1), BINS, mask=inside), rank)
+        found = (found << DIGIT) | next_digit
+        rank -= larger
+    equal = ((here < size) & (key == found)).to(tl.int32)
+    last = tl.max(tl.where((equal != 0) & (tl.cumsum(equal, 0) == rank), here + 1, 0), 0)
     tl.store(cuts + (tensor * K + k) * 2, found.to(tl.int64))
     tl.store(cuts + (tensor * K + k) * 2 + 1, last.to(tl.int64))

@@ -20,23 +20,25 @@ NOTHING = tl.constexpr(0xFFFFFFFF)
 @triton.jit
 def widen(raw, TYPE: tl.constexpr):
     """Raw elements of TYPE as f32, exactly."""
-    if tl.bfloat16 == TYPE:
+    if TYPE == tl.bfloat16:
         return (raw.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    if tl.float16 == TYPE:
+    elif TYPE == tl.float16:
         return raw.to(tl.float16, bitcast=True).to(tl.float32)
-    return raw.to(tl.float32, bitcast=True)
+    else:
+        return raw.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """f32 as raw elements of TYPE, to nearest even; every NaN becomes the one canonical NaN of the type."""
     bits = x.to(tl.uint32, bitcast=True)
-    if tl.bfloat16 == TYPE:
+    if TYPE == tl.bfloat16:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return tl.where(x != x, 0x7FC0, rounded).to(tl.uint16)
-    if tl.float16 == TYPE:
+    elif TYPE == tl.float16:
         return tl.where(x != x, 0x7E00, x.to(tl.float16).to(tl.uint16, bitcast=True)).to(tl.uint16)
-    return tl.where(x != x, 0x7FC00000, bits).to(tl.uint32)
+    else:
+        return tl.where(x != x, 0x7FC00000, bits).to(tl.uint32)
 
 
 # -- trim ---------------------------------------------------------------------------------------------------
@@ -68,11 +70,18 @@ def keep_where(mask, x):
 
 
 @triton.jit
+def multiply_wide(a, m):
+    """High and low half of the 64-bit product of u32."""
+    product = a.to(tl.uint64) * m
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
 def philox(c0, c1, c2, c3, key0, key1):
     """Philox4x32-10 on blocks of counters (uint32)."""
     for _ in tl.static_range(10):
-        high0, high1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
-        low0, low1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, low0 = multiply_wide(c0, 0xD2511F53)
+        high1, low1 = multiply_wide(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0 += 0x9E3779B9
         key1 += 0xBB67AE85

@@ -15,9 +15,8 @@ from pymerge.kernels.pieces import (
 )
 from pymerge.kernels.stages import magnitude, trim_magnitude, trim_random, widen
 
-# The contract's order of sums: element i of a block of 65,536 adds to lane i % 16.
+# The contract's order of sums: element i of a block adds to lane i % 16.
 LANES = tl.constexpr(16)
-REDUCE_ROWS = tl.constexpr(4096)
 # Elements that a sample reads together: a sector of 32 bytes, or two.
 CLUSTER = tl.constexpr(16)
 
@@ -121,9 +120,10 @@ def masses(
     K: tl.constexpr,
     IN: tl.constexpr,
     TRIM_BY_CUT: tl.constexpr,
+    ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Sums of |d| and of the kept |d|, in f64 and the contract's order, of WIDE blocks of 65,536 elements.
+    """Sums of |d| and of the kept |d|, in f64 and the contract's order, of WIDE blocks of ROWS * 16 elements.
 
     `blocks` (programs, 2): tensor and its first block. `places` (T, 3): group, flat index of the tensor's
     first element, row of its first block in `sums` (rows, K, 2, 16) f64, which holds each lane.
@@ -136,14 +136,14 @@ def masses(
     lane = tl.arange(0, LANES)
     total = tl.zeros((WIDE, LANES), tl.float64)
     kept = tl.zeros((WIDE, LANES), tl.float64)
-    rows = tl.minimum((size - block * (LANES * REDUCE_ROWS) + LANES - 1) // LANES, REDUCE_ROWS)
+    rows = tl.minimum((size - block * (LANES * ROWS) + LANES - 1) // LANES, ROWS)
     if not TRIM_BY_CUT:
         key0 = tl.load(keys + tensor * 2).to(tl.uint32)
         key1 = tl.load(keys + tensor * 2 + 1).to(tl.uint32)
         limit = tl.load(limits + k)
     row = tl.zeros((), tl.int64)
     while row < rows:
-        start = every * (LANES * REDUCE_ROWS) + row * LANES
+        start = every * (LANES * ROWS) + row * LANES
         here = start[:, None] + lane[None, :]
         d = task_vector(addresses, tensor, k, 0, here, size, K, IN, True)
         if TRIM_BY_CUT:
@@ -156,7 +156,7 @@ def masses(
         kept += tl.where(keep, m, 0.0)
         row += 1
     to = sums + (((tl.load(places + tensor * 3 + 2) + every)[:, None] * K + k) * 2) * LANES + lane[None, :]
-    live = (every * (LANES * REDUCE_ROWS) < size)[:, None]
+    live = (every * (LANES * ROWS) < size)[:, None]
     tl.store(to, total, mask=live)
     tl.store(to + LANES, kept, mask=live)
 

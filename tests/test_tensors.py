@@ -147,7 +147,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         RecipeError,
         "first or all",
     ),
-    "backend": (lambda: merge_tensors(BASE, EXPERTS, backend="gpu"), RecipeError, "cpu, reference or triton"),
+    "backend": (
+        lambda: merge_tensors(BASE, EXPERTS, backend="gpu"),
+        RecipeError,
+        "cpu or reference or triton",
+    ),
     "shape": (
         lambda: merge_tensors(BASE, [EXPERTS[0].t()]),
         BackendError,

@@ -171,15 +171,12 @@ class Merge:
             wave = self._wave(members, np.zeros(len(members), np.int64))
             self._search(wave, int(wave.group_sizes[0]))
             return
-        small = [member for member in members if member.size <= SMALL]
-        large = [member for member in members if member.size > SMALL]
+        stream_from = self.settings.one_pass_from
+        small = [member for member in members if member.size <= min(SMALL, stream_from - 1)]
+        large = [member for member in members if SMALL < member.size < stream_from]
         if small:
             self.small.append(self._wave(small, np.arange(len(small))))
-        stream_from = self.settings.one_pass_from
-        for some in (
-            [member for member in large if member.size < stream_from],
-            [member for member in large if member.size >= stream_from],
-        ):
+        for some in (large, [member for member in members if member.size >= stream_from]):
             count = max(1, MOST_SEARCHES // self.experts)
             for at in range(0, len(some), count):
                 part = some[at : at + count]

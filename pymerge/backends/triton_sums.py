@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymerge.backends.reference import REDUCTION_BLOCK, REDUCTION_LANES, TINY_SUM
+from pymerge.backends import reference
 from pymerge.backends.triton_search import EXACT
 from pymerge.backends.triton_tables import KINDS, TYPES, Wave
 from pymerge.kernels import stats
@@ -21,7 +21,7 @@ class Masses:
 
     def __init__(self, wave: Wave, trim: Trim) -> None:
         self.wave, self.trim = wave, trim
-        blocks = -(-wave.sizes // REDUCTION_BLOCK)
+        blocks = -(-wave.sizes // reference.REDUCTION_BLOCK)
         begins = np.append(0, np.cumsum(blocks))
         self.begins = wave.send(begins)
         self.places = wave.send(np.stack([wave.groups, wave.origins, begins[:-1]], 1))
@@ -34,7 +34,7 @@ class Masses:
                 for first in range(0, int(blocks[i]), WIDE)
             ]
             self.launches.append((kind, len(rows), wave.send(np.array(rows, np.int64).reshape(-1, 2))))
-        lanes = (int(begins[-1]), wave.experts, 2, REDUCTION_LANES)
+        lanes = (int(begins[-1]), wave.experts, 2, reference.REDUCTION_LANES)
         self.lanes = torch.empty(lanes, dtype=torch.float64, device=wave.device)
         shape = (len(wave.members), wave.experts, 2)
         self.sums = torch.empty(shape, dtype=torch.float64, device=wave.device)
@@ -56,6 +56,7 @@ class Masses:
                     K=wave.experts,
                     IN=TYPES[kind][1],
                     TRIM_BY_CUT=self.trim is Trim.MAGNITUDE,
+                    ROWS=reference.REDUCTION_BLOCK // reference.REDUCTION_LANES,
                     WIDE=WIDE,
                     **EXACT,
                 )
@@ -63,5 +64,5 @@ class Masses:
         stats.add_up[grid](self.lanes, self.begins, self.sums, K=wave.experts, **EXACT)
         before, after = self.sums.unbind(-1)
         whole = wave.send(np.array(wave.rule.densities) >= 1)
-        one = whole | (before < TINY_SUM) | (after < TINY_SUM)
+        one = whole | (before < reference.TINY_SUM) | (after < reference.TINY_SUM)
         return torch.where(one, 1.0, before / after).float()

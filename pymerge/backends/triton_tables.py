@@ -32,7 +32,10 @@ Integers = NDArray[np.int64]
 
 def elements_per_thread(itemsize: int, experts: int) -> int:
     """16 bytes of each input; fewer where so many experts would not fit in a thread's registers."""
-    return int(min(16 // itemsize, 2 ** ((64 // experts).bit_length() - 1)))
+    per = 16 // itemsize
+    while per > 1 and per * experts > 64:
+        per //= 2
+    return per
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,10 @@ class Member:
 
     @property
     def size(self) -> int:
-        return self.out.numel()
+        return int(self.out.numel())
 
     def addresses(self) -> list[int]:
-        base = 0 if self.base is None else self.base.data_ptr()
+        base = 0 if self.base is None else int(self.base.data_ptr())
         return [base, *(x.data_ptr() for x in self.experts), self.out.data_ptr()]
 
 
