@@ -18,5 +18,15 @@ def gather() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": platform.machine(),
         **cpu_features(),
-        "backends": ["cpu"] + (["reference"] if find_spec("torch") else []),
+        "backends": ["cpu", *_torch_backends()],
     }
+
+
+def _torch_backends() -> list[str]:
+    if not find_spec("torch"):
+        return []
+    return [
+        *(["cuda"] if find_spec("pymerge._cuda") else []),
+        "reference",
+        *(["triton"] if find_spec("triton") else []),
+    ]

@@ -1,9 +1,10 @@
-"""Merging tensors in memory: torch tensors on the CPU or numpy arrays, single or in dicts."""
+"""Merging tensors in memory: torch tensors on CPU or GPU, or numpy arrays, single or in dicts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar, cast
 
@@ -42,11 +43,12 @@ LIST_SHARE = 8
 
 
 class Backend(Enum):
-    """Who computes: the compiled CPU core, CUDA kernels, or the torch reference that defines the result."""
+    """Who computes: the compiled CPU core, kernels on a GPU, or the reference that defines the result."""
 
     CPU = "cpu"
     CUDA = "cuda"
     REFERENCE = "reference"
+    TRITON = "triton"
 
 
 def merge_tensors(
@@ -76,7 +78,7 @@ def merge_tensors(
     equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
     dict. `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
     (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu",
-    "cuda", "reference", or None for the best that takes the tensors.
+    "cuda", "triton", "reference", or None for the best that takes the tensors.
     Raises RecipeError for wrong options, BackendError for inputs that no backend takes.
     """
     members = expert_list(experts)
@@ -121,28 +123,54 @@ def choose_backend(wanted: Backend | None, device: str) -> Backend:
     if wanted is None:
         if on_cpu:
             return Backend.CPU
-        return (
-            Backend.CUDA if device.startswith("cuda") and _missing_for_cuda() is None else Backend.REFERENCE
-        )
+        return _best_on(device)
     if wanted is Backend.CPU and not on_cpu:
         raise BackendError(f"the tensors lie on {device}; the cpu backend takes tensors on the CPU")
     if wanted is Backend.CUDA:
-        missing = _missing_for_cuda()
-        if missing is not None:
-            raise BackendError(missing)
-        if not device.startswith("cuda"):
-            raise BackendError(
-                f"the tensors lie on {device}; the cuda backend takes tensors on an NVIDIA device"
-            )
+        _check_cuda(device)
+    if wanted is Backend.TRITON:
+        _check_triton(device)
     return wanted
 
 
+def _best_on(device: str) -> Backend:
+    if device.startswith("cuda") and _missing_for_cuda() is None:
+        return Backend.CUDA
+    triton = device.startswith("cuda") and find_spec("triton") is not None
+    return Backend.TRITON if triton else Backend.REFERENCE
+
+
 def _missing_for_cuda() -> str | None:
-    try:
-        from pymerge.backends import cuda
-    except ImportError:
+    if find_spec("torch") is None:
         return "the cuda backend needs torch; install pymerge-kernels[torch]"
+    from pymerge.backends import cuda
+
     return cuda.available()
+
+
+def _check_cuda(device: str) -> None:
+    """BackendError if the CUDA kernels cannot run on `device` here."""
+    missing = _missing_for_cuda()
+    if missing is not None:
+        raise BackendError(missing)
+    if not device.startswith("cuda"):
+        raise BackendError(f"the tensors lie on {device}; the cuda backend takes tensors on NVIDIA devices")
+
+
+def _check_triton(device: str) -> None:
+    """BackendError if Triton kernels cannot run on `device` here."""
+    if find_spec("triton") is None or find_spec("torch") is None:
+        raise BackendError("the triton backend needs torch and triton; install pymerge-kernels[triton]")
+    import triton
+
+    if device.startswith("cuda") or (device == "cpu" and triton.knobs.runtime.interpret):
+        return
+    where = (
+        "on the CPU they run only in its interpreter, with TRITON_INTERPRET=1 set" if device == "cpu" else ""
+    )
+    raise BackendError(
+        f"the tensors lie on {device}; Triton kernels need a GPU{'; ' + where if where else ''}"
+    )
 
 
 def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
@@ -196,6 +224,27 @@ def _run_cuda(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int
         cuda.merge_tensors([stack.name for stack in stacks], inputs, outs, rule)
 
 
+def _run_triton(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
+    import torch
+
+    from pymerge.backends.triton import merge_group
+
+    inputs = [[kind.as_torch(array) for array in stack.inputs] for stack in stacks]
+    with torch.inference_mode():
+        merge_group(
+            [stack.name for stack in stacks],
+            [row[0] for row in inputs] if rule.task_vector else None,
+            [row[1:] if rule.task_vector else row for row in inputs],
+            [kind.as_torch(stack.out) for stack in stacks],
+            rule,
+        )
+
+
 _RUNS: Mapping[Backend, Callable[[Sequence[Stack], Rule, ArrayKind, int | None], None]] = MappingProxyType(
-    {Backend.CPU: _run_native, Backend.CUDA: _run_cuda, Backend.REFERENCE: _run_reference}
+    {
+        Backend.CPU: _run_native,
+        Backend.CUDA: _run_cuda,
+        Backend.REFERENCE: _run_reference,
+        Backend.TRITON: _run_triton,
+    }
 )

@@ -10,6 +10,19 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return bool(torch.cuda.is_available())
+
+
+# Triton decides when it is imported whether its kernels are compiled or interpreted.
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Hypothesis runs the same examples on every machine, and never fails for being on a slow one."""
     try:

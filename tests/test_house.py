@@ -30,6 +30,7 @@ LAYERS = (
     ("methods",),
     ("checkpoint",),
     ("planner", "plan_side", "plan_rule", "plan_checks", "plan_memory"),
+    ("kernels",),
     ("backends",),
     ("run", "options", "operands", "tensors", "verify", "diff"),
     ("integrations",),
@@ -37,7 +38,17 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-HEAVY = ("torch", "numpy", "pydantic", "pydantic_core", "rich", "yaml", "huggingface_hub", "ml_dtypes")
+HEAVY = (
+    "torch",
+    "numpy",
+    "pydantic",
+    "pydantic_core",
+    "rich",
+    "yaml",
+    "huggingface_hub",
+    "ml_dtypes",
+    "triton",
+)
 
 
 def layer_of(module: str) -> int:

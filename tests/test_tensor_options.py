@@ -78,7 +78,7 @@ WRONG_OPTIONS: list[tuple[str, Any, str]] = [
     ("method", [], r"method is \[\]"),
     ("scope", None, "scope is None, expected tensor or model"),
     ("threshold_ties", np.array([1, 2]), "expected first or all"),
-    ("backend", "", "backend is '', expected cpu or cuda or reference"),
+    ("backend", "", "backend is '', expected cpu or cuda or reference or triton"),
     ("out_dtype", 5, "out_dtype is 5, expected a float type"),
     ("out_dtype", ">f4", "out_dtype is '>f4'"),
     ("out_dtype", torch.ones(40, 40), "expected a float type"),

@@ -147,7 +147,11 @@ REFUSED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         RecipeError,
         "first or all",
     ),
-    "backend": (lambda: merge_tensors(BASE, EXPERTS, backend="gpu"), RecipeError, "cpu or cuda or reference"),
+    "backend": (
+        lambda: merge_tensors(BASE, EXPERTS, backend="gpu"),
+        RecipeError,
+        "cpu or cuda or reference or triton",
+    ),
     "shape": (
         lambda: merge_tensors(BASE, [EXPERTS[0].t()]),
         BackendError,

@@ -1,0 +1,229 @@
+"""What the Triton kernels become on a GPU, found without one, by compiling ahead of time.
+
+    python -m bench.aot            the table, for K = 2, 4, 8, 16, 32
+    python -m bench.aot --json     the same, one JSON object per line
+
+`instructions` are those of the main loop, for each element and model, rare branches included. The
+disassemblers are those in triton's own package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from pymerge.backends.triton_tables import THREADS, elements_per_thread
+from pymerge.kernels import map as kernels
+from pymerge.kernels import select, stats
+
+EXPERTS = (2, 4, 8, 16, 32)
+TYPES = {"bf16": tl.bfloat16, "f32": tl.float32}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {"numbers": "*fp32", "marks": "*u8", "tallies": "*i32", "owners": "*i32"}
+F64_SUMS = {"sums": "*fp64", "results": "*fp64"}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel compiled for one target. `stack`: bytes of a thread that do not fit in its registers."""
+
+    kernel: str
+    type: str
+    experts: int
+    target: str
+    registers: int
+    stack: int
+    wide_loads: int
+    loads: int
+    wide_stores: int
+    instructions: float
+
+
+def build(function: Any, constants: Mapping[str, Any], target: str) -> Any:
+    """What triton makes of a kernel whose other arguments are pointers to tables."""
+    names = function.arg_names
+    pointers = POINTERS | (F64_SUMS if function.__name__ in ("masses", "add_up") else {})
+    if function.__name__ == "count_equal":
+        pointers = pointers | {"tallies": "*i64"}
+    source = ASTSource(
+        fn=function,
+        signature={n: "constexpr" if n in constants else pointers.get(n, "*i64") for n in names},
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs={(i,): ALIGNED for i, n in enumerate(names) if n not in constants},
+    )
+    gpu = TARGETS[target]
+    options = {"num_warps": THREADS // gpu.warp_size, "enable_fp_fusion": False}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Specialisations of all kernels, so that no user is the first to compile one."""
+    one = {"K": 3, "IN": tl.float16, "OUT": tl.bfloat16, "BLOCK": 1024}
+    formula = {"ELECT": True, "NORMALIZE": True, "UNIT": False}
+    ragged = one | formula | {"RAGGED": True}
+    for trim in (0, 1, 2):
+        for base in (True, False):
+            options = ragged | {"TRIM": trim, "BASE": base, "ELECT": base}
+            yield f"map_pieces trim {trim} base {base}", kernels.map_pieces, options
+    for all_ties in (True, False):
+        yield f"stream all {all_ties}", kernels.stream, ragged | {"ALL": all_ties, "PER": 8}
+    rows = {"K": 3, "OUT": tl.float16, "KIND": 1, "BLOCK": 512}
+    yield "fix_up", kernels.fix_up, rows | formula
+    yield "list_undecided", stats.list_undecided, {"BLOCK": 1024}
+    yield "gather", stats.gather, {"K": 3, "IN": tl.bfloat16, "KIND": 0, "BLOCK": 1024}
+    yield "spread", stats.spread, {"K": 3, "BLOCK": 1024}
+    for by_cut in (True, False):
+        options = {"K": 3, "IN": tl.bfloat16, "TRIM_BY_CUT": by_cut, "ROWS": 4096, "WIDE": 8}
+        yield f"masses by cut {by_cut}", stats.masses, options
+    yield "add_up", stats.add_up, {"K": 3}
+    search = {"K": 3, "IN": tl.float32, "BLOCK": 1024}
+    for listed in (True, False):
+        some = search | {"BASE": not listed, "WITHIN": listed}
+        yield f"count_digits listed {listed}", select.count_digits, some | {"SHIFT": 11}
+        yield f"count_equal listed {listed}", select.count_equal, some
+        yield f"place_ties listed {listed}", select.place_ties, some | {"KIND": 2, "LISTED": listed}
+    yield "settle_digit", select.settle_digit, {"FIRST": True}
+    yield "select_small", select.select_small, search
+
+
+def compiled(kernel: str, type_: str, experts: int, target: str) -> Code:
+    """`kernel`: "stream" or "map_pieces", of whole pieces, for ties with unit weights."""
+    function = getattr(kernels, kernel)
+    per = elements_per_thread(4 if type_ == "f32" else 2, experts)
+    constants: dict[str, Any] = {
+        "K": experts,
+        "IN": TYPES[type_],
+        "OUT": TYPES[type_],
+        "RAGGED": False,
+        "ELECT": True,
+        "NORMALIZE": True,
+        "UNIT": True,
+        "BLOCK": per * THREADS,
+    }
+    more = {"ALL": False, "PER": per} if kernel == "stream" else {"BASE": True, "TRIM": 1}
+    constants.update(more)
+    made = build(function, constants, target)
+    gpu = TARGETS[target]
+    read = _amd(made.asm["amdgcn"]) if gpu.backend == "hip" else _nvidia(made.asm["cubin"])
+    registers, stack, loop = read
+    return Code(
+        kernel,
+        type_,
+        experts,
+        target,
+        registers,
+        stack,
+        sum(bool(re.match(r"LDG\.E\..*128|global_load_dwordx4", op)) for op in loop),
+        sum(bool(re.match(r"LDG|global_load", op)) for op in loop),
+        sum(bool(re.match(r"STG\.E\..*128|global_store_dwordx4", op)) for op in loop),
+        round(len(loop) / (per * experts), 2),
+    )
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, list[str]]:
+    """Registers, bytes of stack and the main loop's operations."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "-res-usage", file.name)
+        text = _run(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    lines = re.findall(
+        r"^\s*\.(L_x_\d+):|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)([^;]*)", text, re.M
+    )
+    jumps = [(label, op, re.search(r"\((\.?L_x_\d+)\)", rest)) for label, op, rest in lines]
+    code = [(label, op, to[1].lstrip(".") if to and op.startswith("BRA") else "") for label, op, to in jumps]
+    return int(found[1]), int(found[2]), _main_loop(code)
+
+
+def _amd(text: str) -> tuple[int, int, list[str]]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+    scratch = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)
+    assert registers is not None
+    assert scratch is not None
+    lines = re.findall(r"^(?:\.?(LBB\w+):|\t([a-z]+_\w+)[ \t]*([^;\n]*))", text, re.M)
+    code = [(label, op, rest.strip().lstrip(".") if "branch" in op else "") for label, op, rest in lines]
+    return int(registers[1]), int(scratch[1]), _main_loop(code)
+
+
+def _main_loop(code: Sequence[tuple[str, str, str]]) -> list[str]:
+    """The operations that the longest backward jump spans; `code`: label, operation, where it jumps to."""
+    labels: dict[str, int] = {}
+    operations: list[str] = []
+    best: list[str] = []
+    for label, operation, to in code:
+        if label:
+            labels[label] = len(operations)
+            continue
+        operations.append(operation)
+        if to in labels and len(operations) - labels[to] > len(best):
+            best = operations[labels[to] :]
+    return best
+
+
+def _run(tool: Path, *arguments: str) -> str:
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def table(
+    kernels_: Sequence[str], types: Sequence[str], experts: Sequence[int], targets: Sequence[str]
+) -> Iterator[Code]:
+    """Every combination, compiled when it is asked for."""
+    for kernel in kernels_:
+        for type_ in types:
+            for k in experts:
+                for target in targets:
+                    yield compiled(kernel, type_, k, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--kernel", nargs="+", default=["stream", "map_pieces"])
+    parser.add_argument("--type", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--experts", nargs="+", type=int, default=list(EXPERTS))
+    parser.add_argument("--target", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--every", action="store_true", help="only compile every kernel once for each target")
+    options = parser.parse_args()
+    if options.every:
+        for name, function, constants in every_kernel():
+            for target in options.target:
+                build(function, constants, target)
+                print(f"{name}: {target}", flush=True)
+        return
+    if not options.json:
+        print("kernel      type   K  target  registers  stack  16-byte loads  stores  instructions")
+    for code in table(options.kernel, options.type, options.experts, options.target):
+        if options.json:
+            print(json.dumps(asdict(code)), flush=True)
+            continue
+        print(
+            f"{code.kernel:<11} {code.type:<4} {code.experts:>3}  {code.target:<6}  {code.registers:>9}"
+            f"  {code.stack:>5}  {code.wide_loads:>7} of {code.loads:<3}  {code.wide_stores:>6}"
+            f"  {code.instructions:>12}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
