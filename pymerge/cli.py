@@ -52,11 +52,11 @@ class _Group(click.Group):
             with _clean_usage():
                 return super().invoke(ctx)
         except Stopped as stop:
-            before = {}  # the process ends now; a further signal must not change how
             again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""
             word, code = _STOPPING[stop.number]
             _say(f"pymerge: {word}{again}", err=True)
-            ctx.exit(code)
+            sys.stdout.flush()
+            os._exit(code)  # all is tidied up; while Python ends, a further signal would change how
         except BrokenPipeError:
             _drop_output()
             ctx.exit(EXIT_BROKEN_PIPE)
@@ -118,9 +118,13 @@ _STOPPING: dict[int, tuple[str, int]] = {
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     """Unwinds once: a second signal must not break into the tidying up, which takes moments."""
-    for stopping in _STOPPING:
-        signal.signal(stopping, signal.SIG_IGN)
+    for stopping in _STOPPING:  # not SIG_IGN: Python complains of a signal that comes while that is being set
+        signal.signal(stopping, _take_no_notice)
     raise Stopped(number)
+
+
+def _take_no_notice(number: int, frame: FrameType | None) -> None:
+    """For signals while the process is ending already."""
 
 
 def _shared(command: Any) -> Any:
