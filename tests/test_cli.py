@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ def test_info() -> None:
     assert found["cores"] >= 1
     assert "scalar" in found["instruction sets"]
     assert "cpu" in found["backends"]
+    assert ("triton" in found["backends"]) == (find_spec("triton") is not None)
     assert "instruction sets" in call("info").stdout
 
 

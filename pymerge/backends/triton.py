@@ -10,6 +10,7 @@ Nothing waits for the device before that verdict.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +94,9 @@ def merge_group(
             members.append(prepared(name, base, experts[i], outs[i]))
         if not members:
             return Report()
-        return Merge(members, rule, settings).run()
+        device = members[0].out.device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return Merge(members, rule, settings).run()
     except torch.OutOfMemoryError as error:
         found = str(error).split("\n")[0]
         raise BackendError(f"the device has not enough memory for the merge's work space: {found}") from None
