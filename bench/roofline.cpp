@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -21,6 +21,13 @@ void pass(const std::vector<char*>& in, char* out, size_t begin, size_t end) {
     __m512i sum = _mm512_load_si512(in[0] + at);
     for (size_t s = 1; s < in.size(); ++s) sum = _mm512_xor_si512(sum, _mm512_load_si512(in[s] + at));
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out + at), sum);
+#elif defined(__AVX2__)
+    for (size_t j = 0; j < kLine; j += 32) {
+      auto load = [&](char* p) { return _mm256_load_si256(reinterpret_cast<__m256i*>(p + at + j)); };
+      __m256i sum = load(in[0]);
+      for (size_t s = 1; s < in.size(); ++s) sum = _mm256_xor_si256(sum, load(in[s]));
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(out + at + j), sum);
+    }
 #else
     for (size_t j = 0; j < kLine; j += 8) {
       uint64_t sum = 0;

@@ -15,11 +15,12 @@ struct Cut {
   PM_HD static Cut keep_none() { return {~0ull, 0}; }
 };
 
-// The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them.
+// The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them. The
+// sign bit alone is what no magnitude reaches; no threshold is larger.
 template <class Work>
 PM_HD typename WorkTraits<Work>::Bits above(uint64_t magnitude) {
   using Bits = typename WorkTraits<Work>::Bits;
-  return magnitude >= WorkTraits<Work>::nan_key ? Bits(~Bits(0)) : Bits(magnitude + 1);
+  return magnitude >= WorkTraits<Work>::nan_key ? WorkTraits<Work>::sign : Bits(magnitude + 1);
 }
 
 // The threshold of a cut for flat index `at`: entries whose magnitude bits reach it are kept.

@@ -1,10 +1,10 @@
 // The width-1 lane: what one CUDA thread, or a processor without vectors, computes with.
 //
-// A lane type V offers: V::Work, V::Bits, V::Mask, V::width, V::set(x), V::mask_bits(m), V::store_masks,
-// + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan, select,
-// add_where, keep_where; for whole groups of kGroup vectors: load_group, store_group, element_mask,
-// group_mask, random_group, pack_group. The formulas of trim.h, elect.h and combine.h are written over any
-// such type.
+// A lane type V offers: V::Work, V::Bits, V::Mask (with ^ and |=), V::width, V::set(x), V::none(),
+// V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan,
+// select, add_where, keep_where, tally_where, tallied; for whole groups of kGroup vectors: load_group,
+// store_group, element_mask, random_group, pack_group. The formulas of trim.h, elect.h and
+// combine.h are written over any such type.
 #pragma once
 #include "philox.h"
 
@@ -21,10 +21,22 @@ struct Scalar {
   Work x;
 
   PM_HD static Scalar set(Work value) { return {value}; }
+  PM_HD static Mask none() { return false; }
+  PM_HD static Mask all() { return true; }
   PM_HD static uint32_t mask_bits(bool mask) { return mask; }
-  PM_HD static void store_masks(uint16_t* field, const bool (&m)[kGroup]) {
-    for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
-  }
+
+  // Counts set masks over a block of elements.
+  struct Count {
+    int64_t sum;
+    PM_HD static Count zero() { return {0}; }
+    PM_HD int64_t total() const { return sum; }
+  };
+  struct GroupCount {
+    Count* to;
+    PM_HD static GroupCount begin(Count* count) { return {count}; }
+    PM_HD void add(int /*g*/, bool mask) { to->sum += mask; }
+    PM_HD void end() {}
+  };
 };
 
 template <class W>
@@ -84,6 +96,16 @@ PM_HD Scalar<W> keep_where(bool mask, Scalar<W> a) {
 template <class W>
 PM_HD Scalar<W> add_where(bool mask, Scalar<W> sum, Scalar<W> a) {
   return mask ? sum + a : sum;
+}
+
+// Counting in whatever form the lanes add fastest; `tallied` makes it a number, exact up to 2^24.
+template <class W>
+PM_HD Scalar<W> tally_where(bool mask, Scalar<W> tally) {
+  return {tally.x + W(mask)};
+}
+template <class W>
+PM_HD Scalar<W> tallied(Scalar<W> tally) {
+  return tally;
 }
 
 // Groups. `Ordered` loads keep lane order equal to element order; others may permute within a group.

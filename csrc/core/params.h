@@ -41,7 +41,6 @@ struct MapBlock {
   const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`
   int64_t* above = nullptr;
   int64_t* kept = nullptr;        // Collect::all: how many are at or above keep_at
-  int64_t* opened = nullptr;      // how many are undecided
   uint64_t* undecided = nullptr;  // Collect: a zeroed bitmap; positions undecided for any expert are set
   bool bypass_cache = false;      // the output is large and will not be read soon
 };

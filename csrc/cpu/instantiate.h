@@ -22,6 +22,7 @@ KernelSet<typename T::Work> make_kernel_set() {
   set.elect_magnitude_unit[2] = MapKernel<V, T, Shape<true, magnitude, true, true, Collect::all>>::run;
   set.keys = StatsKernel<V, T>::keys;
   set.open_keys = StatsKernel<V, T>::open_keys;
+  set.count_open = StatsKernel<V, T>::count_open;
   set.masses = StatsKernel<V, T>::masses;
   return set;
 }

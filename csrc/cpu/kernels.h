@@ -24,6 +24,7 @@ struct KernelSet {
   void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
   void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
                     OpenKeys<Bits>* to);
+  int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
 
   MapFn<Work> map(const MapShape& s) const {

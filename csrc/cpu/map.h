@@ -26,8 +26,17 @@ struct Shape {
 
 constexpr int kMaxGroup = 64;  // elements of the widest group
 
+// One bit per element from the masks of a group.
+template <bool Ordered, class V, class T>
+PM_HD uint64_t group_bits(T, const typename V::Mask (&mask)[kGroup]) {
+  uint64_t fields = 0;
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g) fields |= uint64_t(V::mask_bits(mask[g])) << (16 * g);
+  return element_mask<Ordered>(T{}, V{}, fields);
+}
+
 inline size_t map_scratch_bytes(int experts) {
-  return size_t(experts) * (kMaxGroup * 8 + 3 * 8 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 +
+  return size_t(experts) * (kMaxGroup * 8 + 2 * 64 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 +
          256;
 }
 
@@ -36,9 +45,13 @@ class MapKernel {
   using Work = typename T::Work;
   using Raw = typename T::Raw;
   using Mask = typename V::Mask;
+  using Count = typename V::Count;
+  using GroupCount = typename V::GroupCount;
+  using Vectors = V[kGroup];
   static constexpr int kElements = V::width * kGroup;
   static constexpr bool kOrdered = S::trim == Trim::random;  // random words come in element order
   static constexpr bool kCollecting = S::collect != Collect::no;
+  static constexpr bool kCountsAbove = S::collect == Collect::all;
 
  public:
   // Returns how many results are NaN, the undecided left out.
@@ -50,6 +63,7 @@ class MapKernel {
     int64_t at = 0;
     for (; at + kElements <= block.count; at += kElements) k.group(base, expert, out + at, at, at, kElements);
     if (at < block.count) k.tail(base, expert, out + at, at, int(block.count - at));
+    if constexpr (kCollecting) k.report_counts();
     return k.nan_;
   }
 
@@ -60,10 +74,15 @@ class MapKernel {
       scratch = static_cast<char*>(scratch) + (bytes + 63) / 64 * 64;
       return piece;
     };
-    entries_ = static_cast<V*>(take(sizeof(V) * kGroup * p.experts));
+    entries_ = static_cast<Vectors*>(take(sizeof(Vectors) * p.experts));
     tail_ = static_cast<Raw*>(take(sizeof(Raw) * kElements * (p.experts + 2)));
     tail_expert_ = static_cast<const Raw**>(take(sizeof(Raw*) * p.experts));
-    fields_ = static_cast<uint16_t*>(take(sizeof(uint16_t) * 3 * kGroup * p.experts));
+    static_assert(sizeof(Count) <= 64);
+    kept_ = static_cast<Count*>(take(sizeof(Count) * p.experts));
+    above_ = static_cast<Count*>(take(sizeof(Count) * p.experts));
+    if constexpr (kCollecting) {
+      for (int k = 0; k < p.experts; ++k) kept_[k] = above_[k] = Count::zero();
+    }
   }
 
   // The last, short group runs on padded copies; equal padding makes zero task vectors, which never count.
@@ -89,74 +108,63 @@ class MapKernel {
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + line);
   }
 
-  PM_HD void trim_group(int k, uint64_t index, const V (&d)[kGroup], Mask (&keep)[kGroup]) {
-    if constexpr (S::trim == Trim::magnitude) {
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) keep[g] = trim_magnitude(d[g], b_.keep_at[k]);
-    } else if (S::trim == Trim::random && !p_.whole[k]) {
-      random_group(index, k, p_.key0, p_.key1, p_.limit[k], V{}, keep);
-    } else {
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) keep[g] = at_least(magnitude(d[g]), typename V::Bits(0));
-    }
-  }
-
-  // Mask fields go through memory: storing them costs the vector ports nothing, and they are read much later.
-  PM_HD void note_fields(int k, const V (&d)[kGroup], const Mask (&keep)[kGroup]) {
-    uint16_t* field = fields_ + 3 * kGroup * k;
-    Mask open[kGroup], counted[kGroup];
-    V::store_masks(field, keep);
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) open[g] = trim_magnitude(d[g], b_.open_at[k]);
-    V::store_masks(field + kGroup, open);
-    if constexpr (S::collect == Collect::all) {
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) counted[g] = trim_magnitude(d[g], b_.count_at[k]);
-      V::store_masks(field + 2 * kGroup, counted);
-    }
+  PM_HD Mask keeps(int64_t k, int g, V d, const Mask (&drawn)[kGroup]) const {
+    if constexpr (S::trim == Trim::magnitude) return trim_magnitude(d, b_.keep_at[k]);
+    return S::trim == Trim::random && !p_.whole[k] ? drawn[g] : V::all();
   }
 
   PM_HD void group(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int64_t offset,
                    int count) {
     V b[kGroup], mass[kGroup];
+    Mask undecided[kGroup];
     if constexpr (S::base) load_group<kOrdered>(T{}, base + at, b);
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) mass[g] = V::set(0);
-    for (int k = 0; k < p_.experts; ++k) {
+    for (int g = 0; g < kGroup; ++g) mass[g] = V::set(0), undecided[g] = V::none();
+    for (int64_t k = 0; k < p_.experts; ++k) {
       V d[kGroup];
-      Mask keep[kGroup];
+      Mask drawn[kGroup];
       load_group<kOrdered>(T{}, expert[k] + at, d);
       prefetch(expert[k] + at);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g)
-        if constexpr (S::base) d[g] = d[g] - b[g];
-      trim_group(k, b_.index + offset, d, keep);
-      if constexpr (kCollecting) note_fields(k, d, keep);
+      if (S::trim == Trim::random && !p_.whole[k])
+        random_group(b_.index + offset, uint32_t(k), p_.key0, p_.key1, p_.limit[k], V{}, drawn);
+      GroupCount kept, above;
+      if constexpr (kCollecting) kept = GroupCount::begin(kept_ + k);
+      if constexpr (kCountsAbove) above = GroupCount::begin(above_ + k);
+      // One vector after the other: side by side they would need more registers than there are.
 #pragma GCC unroll 4
       for (int g = 0; g < kGroup; ++g) {
+        if constexpr (S::base) d[g] = d[g] - b[g];
+        const Mask keep = keeps(k, g, d[g], drawn);
+        if constexpr (kCollecting) {
+          undecided[g] |= trim_magnitude(d[g], b_.open_at[k]) ^ keep;
+          kept.add(g, keep);
+        }
+        if constexpr (kCountsAbove) above.add(g, trim_magnitude(d[g], b_.count_at[k]));
         V v = d[g];
         if constexpr (!S::unit) v = (S::base ? v * V::set(p_.scale[k]) : v) * V::set(p_.weight[k]);
-        if constexpr (S::trim != Trim::none) v = keep_where(keep[g], v);
+        if constexpr (S::trim != Trim::none) v = keep_where(keep, v);
         mass[g] = mass[g] + v;
-        if constexpr (S::elect) entries_[k * kGroup + g] = v;
+        if constexpr (S::elect) entries_[k][g] = v;
       }
+      if constexpr (kCollecting) kept.end();
+      if constexpr (kCountsAbove) above.end();
     }
     V result[kGroup];
     finish(b, mass, result);
     const bool bypass_cache = b_.bypass_cache && count == kElements;
-    if (store_group<kOrdered>(T{}, out, result, bypass_cache)) [[unlikely]]
-      count_nan(result, count);
-    if constexpr (kCollecting) collect(offset);
+    const bool any_nan = store_group<kOrdered>(T{}, out, result, bypass_cache);
+    uint64_t open = 0;
+    if constexpr (kCollecting) {
+      open = group_bits<kOrdered, V>(T{}, undecided);
+      b_.undecided[offset / 64] |= open << (offset % 64);
+    }
+    if (any_nan) [[unlikely]]
+      count_nan(result, count, open);
   }
 
-  void count_nan(const V (&result)[kGroup], int count) {
+  void count_nan(const V (&result)[kGroup], int count, uint64_t undecided) {
     Raw line[kElements];
     store_group<kOrdered>(T{}, line, result, false);
-    uint64_t undecided = 0;
-    if constexpr (kCollecting) {
-      for (int k = 0; k < p_.experts; ++k) undecided |= open_bits(k);
-      undecided = element_mask<kOrdered>(T{}, V{}, undecided);
-    }
     for (int j = 0; j < count; ++j) nan_ += line[j] == T::nan && !(undecided >> j & 1);
   }
 
@@ -168,16 +176,19 @@ class MapKernel {
         side[g] = elect(mass[g]);
         sum[g] = weights[g] = V::set(0);
       }
-      for (int k = 0; k < p_.experts; ++k) {
+      for (int64_t k = 0; k < p_.experts; ++k) {
         const V weight = S::unit ? V::set(1) : V::set(p_.weight[k]);
 #pragma GCC unroll 4
         for (int g = 0; g < kGroup; ++g) {
-          const V v = entries_[k * kGroup + g];
+          const V v = entries_[k][g];
           const Mask agree = agrees(v, side[g]);
           sum[g] = add_where(agree, sum[g], v);
-          weights[g] = add_where(agree, weights[g], weight);
+          weights[g] = S::unit ? tally_where(agree, weights[g]) : add_where(agree, weights[g], weight);
         }
       }
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g)
+        if constexpr (S::unit) weights[g] = tallied(weights[g]);
     }
 #pragma GCC unroll 4
     for (int g = 0; g < kGroup; ++g)
@@ -185,36 +196,19 @@ class MapKernel {
                                              V::set(p_.divisor), p_.normalize);
   }
 
-  uint64_t load_field(int k, int which) const {
-    uint64_t field;
-    memcpy(&field, fields_ + (3 * k + which) * kGroup, sizeof field);
-    return field;
-  }
-  uint64_t open_bits(int k) const { return load_field(k, 1) & ~load_field(k, 0); }
-
-  // Counts what is kept and open per expert, and notes the positions that are undecided for any.
-  PM_HD void collect(int64_t offset) {
-    uint64_t any = 0;
+  void report_counts() {
     for (int k = 0; k < p_.experts; ++k) {
-      const uint64_t kept = load_field(k, 0), open = open_bits(k);
-      any |= open;
-      b_.opened[k] += __builtin_popcountll(open);
-      if constexpr (S::collect == Collect::all) {
-        b_.kept[k] += __builtin_popcountll(kept);
-        b_.above[k] += __builtin_popcountll(load_field(k, 2));
-      } else {
-        b_.above[k] += __builtin_popcountll(kept);
-      }
+      b_.above[k] += (kCountsAbove ? above_ : kept_)[k].total();
+      if (kCountsAbove) b_.kept[k] += kept_[k].total();
     }
-    b_.undecided[offset / 64] |= element_mask<kOrdered>(T{}, V{}, any) << (offset % 64);
   }
 
   const MapParams<Work>& p_;
   const MapBlock<Work>& b_;
-  V* entries_;  // [experts][kGroup] trimmed, weighted task vectors
+  Vectors* entries_;  // trimmed, weighted task vectors
   Raw* tail_;   // padded copies of a short last group
   const Raw** tail_expert_;
-  uint16_t* fields_;  // [experts][3][kGroup] masks: kept, open or kept, counted
+  Count *kept_, *above_;  // per expert
   int64_t nan_ = 0;
 };
 

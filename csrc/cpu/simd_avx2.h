@@ -25,12 +25,32 @@ struct Avx2 {
       x = _mm256_or_ps(x, b.x);
       return *this;
     }
+    PM_HD Mask operator^(Mask b) const { return {_mm256_xor_ps(x, b.x)}; }
   };
   PM_HD static Avx2 set(float value) { return {_mm256_set1_ps(value)}; }
+  PM_HD static Mask none() { return {_mm256_setzero_ps()}; }
+  PM_HD static Mask all() { return {_mm256_castsi256_ps(_mm256_set1_epi32(-1))}; }
   PM_HD static uint32_t mask_bits(Mask m) { return uint32_t(_mm256_movemask_ps(m.x)); }
-  PM_HD static void store_masks(uint16_t* field, const Mask (&m)[kGroup]) {
-    for (int g = 0; g < kGroup; ++g) field[g] = uint16_t(mask_bits(m[g]));
-  }
+
+  // One counter per lane: masks are -1, so subtracting counts, without leaving the vector registers.
+  struct Count {
+    __m256i sum;
+    PM_HD static Count zero() { return {_mm256_setzero_si256()}; }
+    PM_HD int64_t total() const {
+      int32_t lane[width];
+      memcpy(lane, &sum, sizeof lane);
+      int64_t all = 0;
+      for (int32_t n : lane) all += n;
+      return all;
+    }
+  };
+  struct GroupCount {
+    Count* to;
+    __m256i sum;
+    PM_HD static GroupCount begin(Count* count) { return {count, count->sum}; }
+    PM_HD void add(int /*g*/, Mask m) { sum = _mm256_sub_epi32(sum, _mm256_castps_si256(m.x)); }
+    PM_HD void end() { to->sum = sum; }
+  };
 };
 struct Avx2Bits {
   __m256i x;
@@ -45,9 +65,10 @@ PM_HD Avx2 operator-(Avx2 a, Avx2 b) { return {_mm256_sub_ps(a.x, b.x)}; }
 PM_HD Avx2 operator*(Avx2 a, Avx2 b) { return {_mm256_mul_ps(a.x, b.x)}; }
 PM_HD Avx2 operator/(Avx2 a, Avx2 b) { return {_mm256_div_ps(a.x, b.x)}; }
 PM_HD Avx2Bits magnitude(Avx2 a) { return {_mm256_and_si256(bits_of(a), _mm256_set1_epi32(0x7fffffff))}; }
-// There is no unsigned compare: max(a, t) == a says the same.
+// There is no unsigned compare, but magnitudes are not negative and thresholds at most the sign bit.
 PM_HD Avx2::Mask at_least(Avx2Bits bits, uint32_t threshold) {
-  return as_mask(_mm256_cmpeq_epi32(_mm256_max_epu32(bits.x, _mm256_set1_epi32(int(threshold))), bits.x));
+  const __m256i last_below = _mm256_sub_epi32(_mm256_set1_epi32(int(threshold)), _mm256_set1_epi32(1));
+  return as_mask(_mm256_cmpgt_epi32(bits.x, last_below));
 }
 PM_HD Avx2 sign_bit(Avx2 a) { return {_mm256_and_ps(a.x, _mm256_set1_ps(-0.0f))}; }
 PM_HD Avx2 flip_sign(Avx2 a, Avx2 sign) { return {_mm256_xor_ps(a.x, sign.x)}; }
@@ -60,6 +81,10 @@ PM_HD Avx2 select(Avx2::Mask m, Avx2 yes, Avx2 no) { return {_mm256_blendv_ps(no
 PM_HD Avx2 keep_where(Avx2::Mask m, Avx2 a) { return {_mm256_and_ps(m.x, a.x)}; }
 // A sum that began at +0 is unchanged by adding +0, so masking the addend equals not adding.
 PM_HD Avx2 add_where(Avx2::Mask m, Avx2 sum, Avx2 a) { return sum + keep_where(m, a); }
+PM_HD Avx2 tally_where(Avx2::Mask m, Avx2 tally) {  // as integers: one subtraction of the mask
+  return from_bits(_mm256_sub_epi32(bits_of(tally), _mm256_castps_si256(m.x)));
+}
+PM_HD Avx2 tallied(Avx2 tally) { return {_mm256_cvtepi32_ps(bits_of(tally))}; }
 
 template <bool Ordered>
 PM_HD void load_group(BF16, const uint16_t* p, Avx2 (&v)[kGroup]) {

@@ -21,12 +21,33 @@ struct Avx512 {
   __m512 x;
 
   PM_HD static Avx512 set(float value) { return {_mm512_set1_ps(value)}; }
+  PM_HD static Mask none() { return 0; }
+  PM_HD static Mask all() { return 0xffff; }
   PM_HD static uint32_t mask_bits(__mmask16 m) { return m; }
-  // Spelled out, because the compiler would collect the four masks in a vector register: 9 instructions
-  // for 4.
-  PM_HD static void store_masks(uint16_t* field, const __mmask16 (&m)[kGroup]) {
-    for (int g = 0; g < kGroup; ++g) asm("kmovw %1, %0" : "=m"(field[g]) : "k"(m[g]));
-  }
+
+  // Masks go through memory: storing them costs the vector ports nothing. They are counted when the next
+  // group's come, as four short stores must have left the core before they can be loaded as one.
+  struct Count {
+    uint16_t field[kGroup];
+    int64_t sum;
+    PM_HD static Count zero() { return {{0, 0, 0, 0}, 0}; }
+    PM_HD int64_t pending() const {
+      uint64_t bits;
+      memcpy(&bits, field, sizeof bits);
+      return __builtin_popcountll(bits);
+    }
+    PM_HD int64_t total() const { return sum + pending(); }
+  };
+  struct GroupCount {
+    Count* to;
+    PM_HD static GroupCount begin(Count* count) {
+      count->sum += count->pending();
+      return {count};
+    }
+    // Spelled out, because the compiler would collect the masks in a vector register: 9 instructions for 4.
+    PM_HD void add(int g, Mask m) { asm("kmovw %1, %0" : "=m"(to->field[g]) : "k"(m)); }
+    PM_HD void end() {}
+  };
 };
 struct Avx512Bits {
   __m512i x;
@@ -59,6 +80,8 @@ PM_HD Avx512 keep_where(__mmask16 m, Avx512 a) { return {_mm512_maskz_mov_ps(m, 
 PM_HD Avx512 add_where(__mmask16 m, Avx512 sum, Avx512 a) {
   return {_mm512_mask_add_ps(sum.x, m, sum.x, a.x)};
 }
+PM_HD Avx512 tally_where(__mmask16 m, Avx512 tally) { return add_where(m, tally, Avx512::set(1)); }
+PM_HD Avx512 tallied(Avx512 tally) { return tally; }
 
 // bf16 unordered: vectors 0 and 2 hold the even elements of 32, vectors 1 and 3 the odd ones, which saves
 // the widening shuffle: the even ones are one shift, the odd ones one mask.

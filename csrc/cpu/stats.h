@@ -42,14 +42,7 @@ class StatsKernel {
   static void open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high,
                         OpenKeys<Bits>* to) {
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
-      uint16_t field[kGroup];
-      for (int g = 0; g < kGroup; ++g)
-        field[g] =
-            uint16_t(V::mask_bits(trim_magnitude(d[g], low)) & ~V::mask_bits(trim_magnitude(d[g], high)));
-      uint64_t fields;
-      memcpy(&fields, field, sizeof fields);
-      uint64_t open = element_mask<true>(T{}, V{}, fields);
-      if (n < kElements) open &= (1ull << n) - 1;
+      const uint64_t open = open_bits(d, n, low, high);
       if (!open) return;
       Bits bits[kElements];
       uint32_t position[kElements];
@@ -59,6 +52,15 @@ class StatsKernel {
       pack_group(V{}, position, open, to->position + to->size);
       to->size += __builtin_popcountll(open);
     });
+  }
+
+  // How many entries lie in [low, high).
+  static int64_t count_open(const void* base, const void* expert, int64_t count, Bits low, Bits high) {
+    int64_t open = 0;
+    each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t, int n) {
+      open += __builtin_popcountll(open_bits(d, n, low, high));
+    });
+    return open;
   }
 
   // Adds |d| and the kept |d| of expert k to the virtual lanes; `offset` is the place within the block.
@@ -80,6 +82,15 @@ class StatsKernel {
   }
 
  private:
+  // The first `n` entries of a group that lie in [low, high), as bits.
+  PM_HD static uint64_t open_bits(const V (&d)[kGroup], int n, Bits low, Bits high) {
+    typename V::Mask reach_low[kGroup], reach_high[kGroup];
+    for (int g = 0; g < kGroup; ++g)
+      reach_low[g] = trim_magnitude(d[g], low), reach_high[g] = trim_magnitude(d[g], high);
+    const uint64_t bits = group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high);
+    return n < kElements ? bits & ((1ull << n) - 1) : bits;
+  }
+
   template <class F>
   static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
     const Raw *b = static_cast<const Raw*>(base), *x = static_cast<const Raw*>(expert);

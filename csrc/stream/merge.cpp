@@ -181,8 +181,15 @@ class GroupMerge {
     const MapParams<Work>& params = params_[piece.tensor].block;
     void* scratch = worker.scratch.reserve(map_scratch_bytes(group_.experts()));
     std::vector<Bits> keep, open, count;
-    int64_t nan = 0;
+    int64_t nan = 0, counted = *chunk ? (*chunk)->size : 0;
     bool new_span = true;
+    auto count_opened = [&] {  // of the rows that came to the chunk under one pair of thresholds
+      for (int k = 0; k < group_.experts(); ++k)
+        if (open[size_t(k)] < keep[size_t(k)])
+          counts->opened[size_t(k)] +=
+              store.count_open(**chunk, counted, k, group_.kernels(view), open[size_t(k)], keep[size_t(k)]);
+      counted = (*chunk)->size;
+    };
     each_segment({bracket.low, bracket.high}, flat, piece.count, [&](int64_t begin, int64_t size) {
       thresholds_at<Work>(bracket.high, flat + uint64_t(begin), &keep);
       thresholds_at<Work>(bracket.low, flat + uint64_t(begin), &open);
@@ -193,7 +200,9 @@ class GroupMerge {
       for (int64_t at = begin; at < begin + size; at += UndecidedStore::kBlock) {
         const int64_t n = std::min(UndecidedStore::kBlock, begin + size - at);
         if (!*chunk || (*chunk)->size + UndecidedStore::kBlock > store.layout().rows) {
+          if (*chunk) count_opened();
           *chunk = store.next(*chunk);
+          counted = 0;
           new_span = true;
         }
         if (new_span)
@@ -202,13 +211,13 @@ class GroupMerge {
         new_span = false;
         MapBlock<Work> block = block_at<Work>(worker, view, out, at, n);
         block.keep_at = keep.data(), block.open_at = open.data(), block.count_at = count.data();
-        block.above = counts->above.data(), block.kept = counts->kept.data(),
-        block.opened = counts->opened.data();
+        block.above = counts->above.data(), block.kept = counts->kept.data();
         uint64_t undecided[UndecidedStore::kBlock / 64] = {};
         block.undecided = undecided;
         nan += kernel(params, block, scratch);
         store.append(*chunk, worker.tile, at, undecided);
       }
+      count_opened();
     });
     return nan;
   }

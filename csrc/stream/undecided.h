@@ -52,6 +52,14 @@ class UndecidedStore {
   // Appends the rows of `tile` from `first` whose bits are set in `undecided`, a bitmap of kBlock bits; they
   // belong to the chunk's last span.
   void append(Chunk* chunk, const Tile& tile, int64_t first, const uint64_t* undecided) const;
+  // How many rows of an open chunk, from `first` on, are undecided for expert k: keys in [low, high).
+  template <class Work, class Bits>
+  int64_t count_open(const Chunk& chunk, int64_t first, int k, const KernelSet<Work>& kernels, Bits low,
+                     Bits high) const {
+    const int64_t offset = first * layout_.item;
+    return kernels.count_open(layout_.base(chunk.slab) + offset, layout_.expert(chunk.slab, k) + offset,
+                              chunk.size - first, low, high);
+  }
   const std::vector<std::unique_ptr<Chunk>>& chunks() const { return chunks_; }
   // The chunk's slab; reads it back into the worker's buffer if it was spilled.
   char* open(const Chunk& chunk, Worker& worker) const;
