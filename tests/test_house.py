@@ -26,7 +26,7 @@ LONGEST = 400
 # Left never imports right. A prefix stands for everything below it.
 LAYERS = (
     ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
-    ("parameters", "recipe_schema", "recipe"),
+    ("parameters", "recipe_yaml", "recipe_schema", "recipe"),
     ("methods",),
     ("checkpoint",),
     ("planner", "plan_side", "plan_rule", "plan_checks", "plan_memory"),
