@@ -10,7 +10,7 @@ python="${PYTHON:-python3}"
 card="$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')" || exit 1
 
 echo "== build for sm_$card"
-"$python" -m pip install --quiet pybind11 pydantic pyyaml click rich huggingface_hub pytest hypothesis ml_dtypes 2>/dev/null
+"$python" -m pip install --quiet pybind11 pydantic-core pyyaml click rich pytest hypothesis ml_dtypes 2>/dev/null
 PYMERGE_CUDA="$card" "$python" setup.py -q build_ext --inplace || exit 1
 [ -e pymerge/kernels ] || { # an installed package has Triton's kernels inside
   ln -s ../kernels pymerge/kernels

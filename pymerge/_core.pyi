@@ -1,17 +1,15 @@
 """The compiled core (csrc/bind.cpp); pymerge.backends.native is the typed way in."""
 
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from numpy.typing import NDArray
 
 class Run:
     def __init__(
         self,
-        jobs: NDArray[Any],
-        keys: NDArray[Any],
-        inputs: NDArray[Any],
-        outs: NDArray[Any],
+        jobs: array[int],
+        keys: array[int],
+        inputs: array[int],
+        outs: array[int],
         rules: Sequence[Mapping[str, object]],
         groups: Sequence[Sequence[int]],
         files: Sequence[int],

@@ -10,7 +10,6 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 
 from pymerge.errors import ProblemList, RecipeError
@@ -80,6 +79,8 @@ def method_named(name: str) -> Method:
     """The row called `name`; RecipeError lists the known names."""
     if name in METHODS:
         return METHODS[name]
+    from difflib import get_close_matches  # late: only for what is wrong
+
     near = get_close_matches(name.replace("-", "_"), METHODS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise RecipeError(f"unknown merge method {name!r}; {hint}known are {', '.join(METHODS)}")

@@ -98,10 +98,11 @@ def load_draft(path: Path) -> Draft:
 
 def parse_draft(text: str, folder: Path) -> Draft:
     """`parse_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
-    from pymerge.recipe_schema import read_yaml, validate
+    from pymerge.recipe_schema import validate
+    from pymerge.recipe_yaml import read_yaml
 
-    schema, problems, unusable = validate(read_yaml(text))
-    if schema is None:
+    data, problems, unusable = validate(read_yaml(text))
+    if data is None:
         return Draft(None, tuple(problems))
     missing: set[Path] = set()
 
@@ -113,18 +114,18 @@ def parse_draft(text: str, folder: Path) -> Draft:
         return path
 
     models = []
-    for number, model in enumerate(schema.models):
-        models.append(ModelEntry(found(model.model, f"models[{number}].model"), model.parameters.given()))
+    for number, model in enumerate(data["models"]):
+        models.append(ModelEntry(found(model["model"], f"models[{number}].model"), model["parameters"]))
     _refuse_twins(models, problems)
     recipe = Recipe(
-        method="" if "merge_method" in unusable else schema.merge_method,
+        method="" if "merge_method" in unusable else data["merge_method"],
         models=tuple(models),
-        base=None if schema.base_model is None else found(schema.base_model, "base_model"),
-        dtype=schema.dtype,
-        out_dtype=schema.out_dtype,
-        parameters=schema.parameters.given(),
-        seed=schema.seed,
-        preset=schema.preset,
+        base=None if data["base_model"] is None else found(data["base_model"], "base_model"),
+        dtype=data["dtype"],
+        out_dtype=data["out_dtype"],
+        parameters=data["parameters"],
+        seed=data["seed"],
+        preset=data["preset"],
         text=text,
     )
     return Draft(recipe, tuple(problems), frozenset(missing))

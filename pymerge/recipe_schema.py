@@ -1,17 +1,17 @@
-"""The recipe's grammar as pydantic models; imported only when a recipe is parsed."""
+"""The recipe's grammar, as tables that pydantic_core checks; imported only when a recipe is parsed.
+
+pydantic itself would take 0.1 s to import and to build its classes.
+"""
 
 from __future__ import annotations
 
-import re
 import reprlib
-from collections.abc import Hashable
-from difflib import get_close_matches
+from collections.abc import Hashable, Mapping
 from enum import Enum
-from typing import Annotated, Any, TypeVar
+from functools import cache
+from typing import Any, TypeAlias, TypedDict
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, SchemaValidator, ValidationError, core_schema
 
 from pymerge.dtypes import DType
 from pymerge.errors import RecipeError
@@ -19,76 +19,32 @@ from pymerge.files import is_path
 from pymerge.parameters import Parameter, Preset, merging_dtype
 from pymerge.rule import Scope, ThresholdTies
 
-E = TypeVar("E", bound=Enum)
+Form: TypeAlias = core_schema.CoreSchema
+Key: TypeAlias = core_schema.TypedDictField
 
 # Keys of mergekit's grammar that this version refuses by name.
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
 UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk", "scale")
 
-_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+
+class ModelData(TypedDict):
+    """One checked entry of `models`."""
+
+    model: str
+    parameters: dict[str, Parameter]
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does.
+class RecipeData(TypedDict):
+    """A checked recipe, every key present; `parameters` hold what the recipe states."""
 
-    So 1e-3 and -.5 are numbers, and 1:30 (base 60 in YAML 1.1) and 2026-01-31 are text.
-    """
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[str] = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if key.value in seen:
-                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
-            seen.add(key.value)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
-for _first in "-+0123456789":
-    _resolvers = _Loader.yaml_implicit_resolvers[_first]
-    _dated = [pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"]
-    _Loader.yaml_implicit_resolvers[_first] = [("tag:yaml.org,2002:str", _BASE_60), *_dated]
-
-
-def read_yaml(text: str) -> object:
-    """The one YAML document in `text`; RecipeError when it is none, several, or has duplicate keys."""
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            raise RecipeError("the recipe is empty")
-        return loader.construct_document(node)
-    except yaml.composer.ComposerError as error:
-        if "single document" in str(error):
-            raise RecipeError("recipes of several YAML documents are not supported yet") from error
-        raise RecipeError(_yaml_sentence(error)) from error
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise RecipeError(
-            f"line {line}: the character U+{ord(text[error.position]):04X} is not allowed in YAML"
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(_yaml_sentence(error)) from error
-    except (RecursionError, ValueError) as error:
-        raise RecipeError(f"the recipe is not valid YAML: {type(error).__name__}: {error}") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
-
-
-def _yaml_sentence(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    line = f"line {mark.line + 1}: " if mark is not None else ""
-    return f"{line}the recipe is not valid YAML: {getattr(error, 'problem', None) or error}"
+    merge_method: str
+    models: list[ModelData]
+    base_model: str | None
+    dtype: DType | None
+    out_dtype: DType | None
+    parameters: dict[str, Parameter]
+    preset: Preset
+    seed: int
 
 
 def _scalar(value: object) -> object:
@@ -102,10 +58,10 @@ def _scalar(value: object) -> object:
     return value
 
 
-def _named(kind: type[E]) -> BeforeValidator:
-    """A field whose text is the value of one member of an enum."""
+def _member(kind: type[Enum]) -> Form:
+    """Text that is the value of one member of an enum."""
 
-    def convert(value: object) -> E:
+    def convert(value: object) -> Enum:
         for member in kind:
             if value == member.value or value is member:
                 return member
@@ -116,7 +72,7 @@ def _named(kind: type[E]) -> BeforeValidator:
             {"value": reprlib.repr(value), "known": known},
         )
 
-    return BeforeValidator(convert)
+    return core_schema.no_info_plain_validator_function(convert)
 
 
 def _dtype(value: object) -> DType:
@@ -136,54 +92,70 @@ def _reference(value: object) -> object:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_scalar), Field(strict=True, allow_inf_nan=False)]
-Flag = Annotated[bool, BeforeValidator(_scalar), Field(strict=True)]
-Reference = Annotated[str, BeforeValidator(_reference), Field(strict=True, min_length=1)]
-Type = Annotated[DType, BeforeValidator(_dtype)]
+def _given(values: dict[str, Parameter | None]) -> dict[str, Parameter]:
+    """What the recipe states, without what has no effect (int8_mask)."""
+    return {name: value for name, value in values.items() if value is not None and name != "int8_mask"}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+def _required(form: Form) -> Key:
+    return core_schema.typed_dict_field(form, required=True)
 
 
-class _Parameters(_Strict):
-    def given(self) -> dict[str, Parameter]:
-        """What the recipe states, without what has no effect (int8_mask)."""
-        values = self.model_dump(by_alias=True, exclude_none=True, exclude={"int8_mask"})
-        return {name: float(v) if type(v) is int else v for name, v in values.items()}
+def _optional(form: Form) -> Key:
+    return _otherwise(None, core_schema.nullable_schema(form))
 
 
-class ModelParameters(_Parameters):
-    weight: Number | None = None
-    density: Number | None = None
+def _otherwise(default: object, form: Form) -> Key:
+    return core_schema.typed_dict_field(core_schema.with_default_schema(form, default=default))
 
 
-class TopParameters(ModelParameters):
-    lambda_: Number | None = Field(None, alias="lambda")
-    normalize: Flag | None = None
-    rescale: Flag | None = None
-    int8_mask: Flag | None = None
-    scope: Annotated[Scope, _named(Scope)] | None = None
-    threshold_ties: Annotated[ThresholdTies, _named(ThresholdTies)] | None = None
+def _mapping(keys: Mapping[str, Key]) -> Form:
+    return core_schema.typed_dict_schema(dict(keys), extra_behavior="forbid")
 
 
-class ModelSchema(_Strict):
-    model: Reference
-    parameters: ModelParameters = ModelParameters()
+def _parameters(keys: Mapping[str, Key]) -> Key:
+    given = core_schema.no_info_after_validator_function(_given, _mapping(keys))
+    return core_schema.typed_dict_field(core_schema.with_default_schema(given, default_factory=dict))
 
 
-class MergeSchema(_Strict):
-    merge_method: Annotated[str, Field(strict=True, min_length=1)]
-    models: Annotated[list[ModelSchema], Field(strict=True, min_length=1)]
-    base_model: Reference | None = None
-    dtype: Type | None = None
-    out_dtype: Type | None = None
-    parameters: TopParameters = TopParameters(**{})
-    preset: Annotated[Preset, _named(Preset)] = Preset.MERGEKIT
-    seed: Annotated[int, Field(strict=True, ge=0, lt=2**64)] = 0
+NUMBER = core_schema.no_info_before_validator_function(
+    _scalar, core_schema.float_schema(strict=True, allow_inf_nan=False)
+)
+FLAG = core_schema.no_info_before_validator_function(_scalar, core_schema.bool_schema(strict=True))
+TEXT = core_schema.str_schema(strict=True, min_length=1)
+REFERENCE = core_schema.no_info_before_validator_function(_reference, TEXT)
+TYPE = core_schema.no_info_plain_validator_function(_dtype)
+SEED = core_schema.int_schema(strict=True, ge=0, lt=2**64)
+
+MODEL_PARAMETERS = {"weight": _optional(NUMBER), "density": _optional(NUMBER)}
+TOP_PARAMETERS = {
+    **MODEL_PARAMETERS,
+    "lambda": _optional(NUMBER),
+    "normalize": _optional(FLAG),
+    "rescale": _optional(FLAG),
+    "int8_mask": _optional(FLAG),
+    "scope": _optional(_member(Scope)),
+    "threshold_ties": _optional(_member(ThresholdTies)),
+}
+MODEL = {"model": _required(REFERENCE), "parameters": _parameters(MODEL_PARAMETERS)}
+RECIPE = {
+    "merge_method": _required(TEXT),
+    "models": _required(core_schema.list_schema(_mapping(MODEL), strict=True, min_length=1)),
+    "base_model": _optional(REFERENCE),
+    "dtype": _optional(TYPE),
+    "out_dtype": _optional(TYPE),
+    "parameters": _parameters(TOP_PARAMETERS),
+    "preset": _otherwise(Preset.MERGEKIT, _member(Preset)),
+    "seed": _otherwise(0, SEED),
+}
 
 
-def validate(data: object) -> tuple[MergeSchema | None, list[str], set[str]]:
+@cache
+def _grammar() -> SchemaValidator:
+    return SchemaValidator(_mapping(RECIPE))
+
+
+def validate(data: object) -> tuple[RecipeData | None, list[str], set[str]]:
     """The recipe, every problem as a sentence, and the places whose value is not the recipe's own.
 
     Where the recipe is wrong a neutral value stands; None when too little is left.
@@ -199,14 +171,14 @@ def validate(data: object) -> tuple[MergeSchema | None, list[str], set[str]]:
         unusable.add("models[0].model")
     kept = _without_null_parameters(kept)
     try:
-        return MergeSchema.model_validate(kept), problems, unusable
+        return _grammar().validate_python(kept), problems, unusable
     except ValidationError as error:
         details = error.errors(include_url=False)
     problems += [_sentence(detail) for detail in details]
     for detail in details:
         _mend(kept, detail, unusable)
     try:
-        return MergeSchema.model_validate(kept), problems, unusable
+        return _grammar().validate_python(kept), problems, unusable
     except ValidationError:
         return None, problems, unusable
 
@@ -274,7 +246,6 @@ def _sentence(detail: ErrorDetails) -> str:
         "int_type": "a whole number",
         "string_type": "text",
         "list_type": "a list",
-        "model_type": "a mapping",
         "dict_type": "a mapping",
         "too_short": "a list with at least one entry",
         "string_too_short": "text that is not empty",
@@ -296,21 +267,18 @@ def _place(loc: tuple[int | str, ...]) -> str:
 
 def _unknown_key(loc: tuple[int | str, ...], where: str) -> str:
     key, parent = str(loc[-1]), loc[:-1]
-    top = _field_names(TopParameters)
     if parent and parent[-1] == "parameters":
-        known = top if len(parent) == 1 else _field_names(ModelParameters)
-        if len(parent) > 1 and key in top:
+        known = TOP_PARAMETERS if len(parent) == 1 else MODEL_PARAMETERS
+        if len(parent) > 1 and key in TOP_PARAMETERS:
             return f"{where}: {key} holds for the whole merge; give it under the top-level parameters"
         if key in UNSUPPORTED_PARAMETERS:
             return f"{where}: the parameter {key} is not supported yet"
     else:
-        known = _field_names(ModelSchema if parent else MergeSchema)
-        if not parent and key in top:
+        known = MODEL if parent else RECIPE
+        if not parent and key in TOP_PARAMETERS:
             return f"{where}: {key} is a parameter; give it under parameters"
+    from difflib import get_close_matches  # late: only for what is wrong
+
     near = get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
     return f"{where}: unknown key {reprlib.repr(key)}; {hint}"
-
-
-def _field_names(schema: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in schema.model_fields.items()]

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from families import write_checkpoint, write_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "pymerge"
@@ -26,7 +28,7 @@ LONGEST = 400
 # Left never imports right. A prefix stands for everything below it.
 LAYERS = (
     ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
-    ("parameters", "recipe_schema", "recipe"),
+    ("parameters", "recipe_yaml", "recipe_schema", "recipe"),
     ("methods",),
     ("checkpoint",),
     ("planner", "plan_side", "plan_rule", "plan_checks", "plan_memory"),
@@ -149,6 +151,18 @@ def loaded_after(code: str) -> list[str]:
 )
 def test_starting_is_light(code: str) -> None:
     assert not set(loaded_after(code)) & set(HEAVY)
+
+
+def test_commands_load_no_more_than_they_need(tmp_path: Path) -> None:
+    models = [write_checkpoint(tmp_path / name, {"w": torch.ones(8)}, 1) for name in ("base", "one", "two")]
+    recipe = write_recipe(tmp_path / "recipe.yml", "ties", models[1:], models[0])
+    given = {"plan": [recipe], "merge": [recipe, tmp_path / "out"], "verify": [tmp_path / "out"]}
+    for command, arguments in given.items():
+        call = (
+            f"import pymerge.cli; pymerge.cli.main({[command, *map(str, arguments)]}, standalone_mode=False)"
+        )
+        needed = set() if command == "verify" else {"pydantic_core", "yaml"}
+        assert set(loaded_after(call)) & set(HEAVY) == needed, command
 
 
 @pytest.mark.parametrize("module", ["pymerge.api", "pymerge.run.local", "pymerge.demo", "pymerge.diff"])

@@ -190,6 +190,7 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
         ),
         (with_top("dtype: int64"), "dtype: 'int64' is not a type that merges"),
         (with_top("out_dtype: 16"), "out_dtype: '16' is not a type that merges"),
+        (with_top("base_model: ''"), "base_model: expected text that is not empty, found text ('')"),
         (with_top("base_model: 3"), "base_model: expected text, found a number (3)"),
         ("merge_method: linear", "models: this key is required"),
         ("models: [{model: one}]", "merge_method: this key is required"),

@@ -1,6 +1,6 @@
 #include "binding.h"
 
-#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
@@ -14,8 +14,6 @@ namespace pm {
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
 using CutList = std::vector<std::vector<std::pair<uint64_t, uint64_t>>>;
 
 Rule make_rule(const py::dict& d) {
@@ -34,6 +32,23 @@ Rule make_rule(const py::dict& d) {
   return rule;
 }
 
+// Numbers in rows of `width`, in any object with a buffer (array.array, say); not py::array, which imports
+// numpy.
+template <class T, size_t width>
+class Table {
+ public:
+  explicit Table(const py::buffer& buffer) : info_(buffer.request()) {
+    if (!info_.item_type_is_equivalent_to<T>() || info_.ndim != 1 || info_.strides[0] != sizeof(T) ||
+        info_.shape[0] % width != 0)
+      throw std::invalid_argument("expected one contiguous array of whole rows of 64-bit numbers");
+  }
+  size_t rows() const { return size_t(info_.shape[0]) / width; }
+  const T* row(size_t number) const { return static_cast<const T*>(info_.ptr) + number * width; }
+
+ private:
+  py::buffer_info info_;
+};
+
 // Regions come as rows of (start, file, item bytes, dtype code), one row per input of each job in turn.
 Region make_region(const int64_t* row) {
   return {row[0], int32_t(row[1]), int32_t(row[2]), DType(row[3] < 0 ? int(DType::f32) : int(row[3]))};
@@ -45,27 +60,30 @@ class Run {
  public:
   // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given:
   // thresholds per group, or nothing.
-  Run(const Array<int64_t>& jobs, const Array<uint64_t>& keys, const Array<int64_t>& inputs,
-      const Array<int64_t>& outs, const std::vector<py::dict>& rules,
-      std::vector<std::vector<int64_t>> groups, std::vector<int> files, const py::dict& settings,
-      const CutList& given)
+  Run(const py::buffer& jobs, const py::buffer& keys, const py::buffer& inputs, const py::buffer& outs,
+      const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups, std::vector<int> files,
+      const py::dict& settings, const CutList& given)
       : groups_(std::move(groups)) {
-    const auto job = jobs.unchecked<2>();
+    const Table<int64_t, 4> job_rows(jobs), input_rows(inputs), out_rows(outs);
+    const Table<uint64_t, 1> key_rows(keys);
+    if (key_rows.rows() != job_rows.rows() || out_rows.rows() != job_rows.rows())
+      throw std::invalid_argument("expected one key and one output for each job");
     for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
     run_.files = std::move(files);
-    regions_.resize(size_t(inputs.shape(0)));
-    for (size_t i = 0; i < regions_.size(); ++i) regions_[i] = make_region(inputs.data(py::ssize_t(i), 0));
+    regions_.resize(input_rows.rows());
+    for (size_t i = 0; i < regions_.size(); ++i) regions_[i] = make_region(input_rows.row(i));
     size_t next = 0;
-    for (py::ssize_t j = 0; j < jobs.shape(0); ++j) {
+    for (size_t j = 0; j < job_rows.rows(); ++j) {
+      const int64_t* job = job_rows.row(j);
       TensorJob t;
-      t.count = job(j, 0);
-      t.rule = int32_t(job(j, 1));
-      t.has_cast = job(j, 2) >= 0;
-      if (t.has_cast) t.cast = DType(job(j, 2));
-      t.inputs = int32_t(job(j, 3));
-      t.key = keys.at(j);
+      t.count = job[0];
+      t.rule = int32_t(job[1]);
+      t.has_cast = job[2] >= 0;
+      if (t.has_cast) t.cast = DType(job[2]);
+      t.inputs = int32_t(job[3]);
+      t.key = *key_rows.row(j);
       t.input = regions_.data() + next;
-      t.out = make_region(outs.data(j, 0));
+      t.out = make_region(out_rows.row(j));
       next += size_t(t.inputs);
       run_.jobs.push_back(t);
     }
@@ -140,9 +158,9 @@ class Run {
 
 void bind_stream(py::module_& m) {
   py::class_<Run>(m, "Run")
-      .def(py::init<const Array<int64_t>&, const Array<uint64_t>&, const Array<int64_t>&,
-                    const Array<int64_t>&, const std::vector<py::dict>&, std::vector<std::vector<int64_t>>,
-                    std::vector<int>, const py::dict&, const CutList&>())
+      .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, const py::buffer&,
+                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>,
+                    const py::dict&, const CutList&>())
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)

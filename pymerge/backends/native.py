@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from pymerge import _core
 from pymerge.backends.philox import tensor_key
@@ -16,10 +14,6 @@ from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 
 _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
 _NO_FILE = -1
@@ -139,10 +133,10 @@ class NativeRun:
         # The core numbers the files of this run alone.
         slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
-        rows = np.array([_job_row(job, rules) for job in jobs], dtype=np.int64).reshape(-1, 4)
-        keys = np.array([_key(job) for job in jobs], dtype=np.uint64)
-        inputs = _regions([region for job in jobs for region in _inputs(job)], slots)
-        outs = _regions([job.out for job in jobs], slots)
+        rows = array("q", [number for job in jobs for number in _job_row(job, rules)])
+        keys = array("Q", map(_key, jobs))
+        inputs = _regions((region for job in jobs for region in _inputs(job)), slots)
+        outs = _regions((job.out for job in jobs), slots)
         groups = _groups(jobs, scope)
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
@@ -241,9 +235,11 @@ def _key(job: TensorJob) -> int:
     return low | high << 32
 
 
-def _regions(regions: Sequence[Region], slots: Mapping[int, int]) -> NDArray[np.int64]:
-    rows = [(r.start, slots[r.file], r.dtype.itemsize, _code(r.dtype)) for r in regions]
-    return np.array(rows, dtype=np.int64).reshape(-1, 4)
+def _regions(regions: Iterable[Region], slots: Mapping[int, int]) -> array[int]:
+    """Rows of (start, slot, item bytes, dtype code), one after the other."""
+    # Looked up, because a mixture of experts has a third of a million regions.
+    kinds = {dtype: (dtype.itemsize, _code(dtype)) for dtype in DType if dtype.bits % 8 == 0}
+    return array("q", [x for r in regions for x in (r.start, slots[r.file], *kinds[r.dtype])])
 
 
 def _groups(jobs: Sequence[TensorJob], scope: Scope) -> list[list[int]]:

@@ -8,20 +8,24 @@ numbers: as easy as 1, 2, 3", SC 2011.
 from __future__ import annotations
 
 from hashlib import blake2b
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # a merge of checkpoints needs the keys alone, and no numpy
+    import numpy as np
+    from numpy.typing import NDArray
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 MASK32 = 0xFFFFFFFF
 
-Words = NDArray[np.uint32]
+Words: TypeAlias = "NDArray[np.uint32]"
 
 
 def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     """Ten rounds over counters of shape (4, n) with one key; returns 4 words per counter, shape (4, n)."""
+    import numpy as np
+
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -50,6 +54,8 @@ def element_words(key: tuple[int, int], expert: int, count: int) -> Words:
 
     Element i takes word i % 4 of counter (low 32 bits of i // 4, high 32 bits, expert, 0).
     """
+    import numpy as np
+
     block = np.arange((count + 3) // 4, dtype=np.uint64)
     counter = np.zeros((4, block.size), dtype=np.uint32)
     counter[0] = block & np.uint64(MASK32)

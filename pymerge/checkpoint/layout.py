@@ -51,21 +51,32 @@ def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[Shar
     A tensor larger than that gets a file of its own. Inside a file: wide types first, then by
     name, so that every tensor is aligned to its element. Names as transformers writes them.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory  # late: 50 ms
-
-    by_name = {tensor.name: tensor for tensor in tensors}
-    if len(by_name) != len(tensors) or max_shard_bytes < 1:
+    if len({tensor.name for tensor in tensors}) != len(tensors) or max_shard_bytes < 1:
         raise ValueError("output names must differ and a shard must hold at least one byte")
-    split = split_state_dict_into_shards_factory(
-        by_name,
-        get_storage_size=lambda tensor: tensor.size,
-        filename_pattern=FILE_PATTERN,
-        max_shard_size=max_shard_bytes,
-    )
+    shards = _split(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        return (_shard(FILE_PATTERN.format(suffix=""), shards[0]),)
     return tuple(
-        _shard(file_name, [by_name[name] for name in names])
-        for file_name, names in split.filename_to_tensors.items()
+        _shard(FILE_PATTERN.format(suffix=f"-{number:05d}-of-{len(shards):05d}"), shard)
+        for number, shard in enumerate(shards, 1)
     )
+
+
+def _split(tensors: Sequence[OutputTensor], limit: int) -> list[list[OutputTensor]]:
+    """What goes into each file, by the rule of huggingface_hub, whose import alone would take 20 ms."""
+    shards: list[list[OutputTensor]] = []
+    current: list[OutputTensor] = []
+    filled = 0
+    for tensor in tensors:
+        if tensor.size > limit:
+            shards.append([tensor])
+            continue
+        if filled + tensor.size > limit:
+            shards.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += tensor.size
+    return [*shards, current] if current else shards
 
 
 def _shard(file_name: str, tensors: list[OutputTensor]) -> ShardLayout:

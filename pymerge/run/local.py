@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,6 +195,8 @@ def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
     if plan.rule.trim is not Trim.MAGNITUDE:
         yield settings
         return
+    import tempfile  # late: 5 ms
+
     with ExitStack() as stack:
         with writing(folder):
             file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import safetensors
+from huggingface_hub import split_state_dict_into_shards_factory
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pymerge.checkpoint.index import open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, index_json, lay_out, parse_size
@@ -42,6 +45,20 @@ def test_files_are_filled_in_the_given_order() -> None:
     assert [layout.file_name for layout in layouts] == [
         f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)
     ]
+
+
+@given(st.lists(st.integers(0, 12), max_size=30), st.integers(1, 10))
+def test_files_are_those_of_huggingface_hub(sizes: list[int], limit: int) -> None:
+    wanted = tensors(*sizes)
+    split = split_state_dict_into_shards_factory(
+        {tensor.name: tensor for tensor in wanted},
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=limit,
+    )
+    layouts = lay_out(wanted, limit)
+    files = [layout.file_name for layout in layouts]
+    assert dict(zip(files, names_of(layouts), strict=True)) == split.filename_to_tensors
 
 
 def test_index_lists_every_tensor_sorted() -> None:

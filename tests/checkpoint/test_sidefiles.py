@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 from pymerge.checkpoint.sidefiles import collect, hub_name, model_card, with_dtype
 from pymerge.dtypes import DType
@@ -129,6 +129,19 @@ def test_model_card() -> None:
     fenced = found.text.split("````yaml\n")[1].split("\n````\n")[0]
     assert yaml.safe_load(fenced) == yaml.safe_load(RECIPE)
     assert fenced + "\n" == RECIPE
+
+
+def test_front_matter_is_that_of_huggingface_hub() -> None:
+    odd = ["/c/models--1:30--~/snapshots/a", "/c/models--a: [--# é\x85\n---/snapshots/a", "é"]
+    data = ModelCardData(
+        base_model=["1/2", "yes/no", "1:30/~", "a: [/# é\x85\n---"],
+        library_name="transformers",
+        tags=["merge", "pymerge"],
+    )
+    text = model_card(
+        name="x", method="m", base_model=None, models=["1/2", "yes/no", *odd], recipe=""
+    ).decode("utf-8")
+    assert text.startswith(f"---\n{data.to_yaml()}\n---\n")
 
 
 def test_model_card_without_base_or_hub_names() -> None:

@@ -1,0 +1,76 @@
+"""The recipe's YAML: one document, no key twice, numbers as in YAML 1.2; imported only when one is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from pymerge.errors import RecipeError
+
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and reads numbers as YAML 1.2 does.
+
+    So 1e-3 and -.5 are numbers, and 1:30 (base 60 in YAML 1.1) and 2026-01-31 are text.
+    """
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+            if key.value in seen:
+                raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
+            seen.add(key.value)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
+    list("-+.0123456789"),
+)
+for _first in "-+0123456789":
+    _resolvers = _Loader.yaml_implicit_resolvers[_first]
+    _dated = [pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"]
+    _Loader.yaml_implicit_resolvers[_first] = [("tag:yaml.org,2002:str", _BASE_60), *_dated]
+
+
+def read_yaml(text: str) -> object:
+    """The one YAML document in `text`; RecipeError when it is none, several, or has duplicate keys."""
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            raise RecipeError("the recipe is empty")
+        return loader.construct_document(node)
+    except yaml.composer.ComposerError as error:
+        if "single document" in str(error):
+            raise RecipeError("recipes of several YAML documents are not supported yet") from error
+        raise RecipeError(_yaml_sentence(error)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"line {line}: the character U+{ord(text[error.position]):04X} is not allowed in YAML"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(_yaml_sentence(error)) from error
+    except (RecursionError, ValueError) as error:
+        raise RecipeError(f"the recipe is not valid YAML: {type(error).__name__}: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _yaml_sentence(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    line = f"line {mark.line + 1}: " if mark is not None else ""
+    return f"{line}the recipe is not valid YAML: {getattr(error, 'problem', None) or error}"
