@@ -23,7 +23,7 @@ E = TypeVar("E", bound=Enum)
 
 # Keys of mergekit's grammar that this version refuses by name.
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
-UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk", "scale")
+UNSUPPORTED_PARAMETERS = ("epsilon", "t", "filter_wise", "select_topk", "scale")
 
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 
@@ -156,6 +156,7 @@ class _Parameters(_Strict):
 class ModelParameters(_Parameters):
     weight: Number | None = None
     density: Number | None = None
+    gamma: Number | None = None
 
 
 class TopParameters(ModelParameters):

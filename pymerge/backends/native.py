@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
 _NO_FILE = -1
 
 
@@ -218,6 +218,7 @@ def _rule_row(rule: Rule) -> dict[str, object]:
         "lambda": rule.lambda_,
         "weights": list(rule.weights),
         "densities": list(rule.densities),
+        "gammas": list(rule.gammas),
     }
 
 
