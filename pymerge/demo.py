@@ -27,6 +27,8 @@ EXPECTATIONS = (
     Expectation("ties", WEIGHTS, density=0.2),
     Expectation("dare_linear", WEIGHTS, density=0.3, lambda_=0.25, seed=7),
     Expectation("dare_ties", WEIGHTS, density=0.3, lambda_=0.25, seed=7),
+    Expectation("breadcrumbs", WEIGHTS, density=0.3, lambda_=0.5),
+    Expectation("breadcrumbs_ties", WEIGHTS, density=0.3),
 )
 BLOCK = 1 << 20
 

@@ -22,6 +22,7 @@ Mask = NDArray[np.bool_]
 BLOCK = 65_536  # elements whose f64 sum is formed in 16 lanes before it joins the total
 LANES = 16
 TINY = 1e-7
+GAMMA = 0.01  # the default share of outliers
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits]) 
     values = []
     for k, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         values.append(_trimmed(what, name, k, delta) * weight)
-    if what.method in ("ties", "dare_ties"):
+    if what.method.endswith("ties"):
         merged = _elected(values, weights, divide=what.method == "ties")
     else:
         merged = _sum(values)
@@ -79,17 +80,24 @@ def _trimmed(what: Expectation, name: str, k: int, delta: F32) -> F32:
     if what.method == "task_arithmetic" or what.density >= 1:
         return delta
     if what.method == "ties":
-        return np.where(_largest(np.abs(delta), what.density), delta, np.float32(0))
+        kept = max(1, int(what.density * delta.size))
+        return np.where(_largest(np.abs(delta), kept), delta, np.float32(0))
+    if what.method.startswith("breadcrumbs"):
+        kept = int(what.density * delta.size)
+        outliers = min(int(GAMMA * delta.size), delta.size - kept)
+        between = _largest(np.abs(delta), outliers + kept) & ~_largest(np.abs(delta), outliers)
+        return np.where(between, delta, np.float32(0))
     mask = _words(what.seed, name, k, delta.size) < np.uint64(int(what.density * 2**32))
-    kept = np.where(mask, delta, np.float32(0))
-    before, after = _lane_sum(np.abs(delta)), _lane_sum(np.abs(kept))
+    left = np.where(mask, delta, np.float32(0))
+    before, after = _lane_sum(np.abs(delta)), _lane_sum(np.abs(left))
     scale = 1.0 if before < TINY or after < TINY else before / after
-    return kept * np.float32(scale)
+    return left * np.float32(scale)
 
 
-def _largest(magnitudes: F32, density: float) -> Mask:
-    """The int(density * n) largest, at least one; among equals the first."""
-    kept = max(1, int(density * magnitudes.size))
+def _largest(magnitudes: F32, kept: int) -> Mask:
+    """The `kept` largest; among equals the first."""
+    if kept == 0:
+        return np.zeros_like(magnitudes, dtype=np.bool_)
     threshold = np.sort(magnitudes)[-kept]
     mask: Mask = magnitudes > threshold
     equal = np.flatnonzero(magnitudes == threshold)

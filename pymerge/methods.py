@@ -21,7 +21,7 @@ SMALLEST_WEIGHT_SUM = 1e-8
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row. `normalize`, `rescale`, `density`: the defaults where a recipe is silent."""
+    """One row. `normalize`, `rescale`, `density`, `gamma`: the defaults where a recipe is silent."""
 
     name: str
     summary: str
@@ -32,6 +32,7 @@ class Method:
     normalize: bool = False
     rescale: bool = False
     density: float = 1.0
+    gamma: float = 0.01
 
 
 _ROWS = (
@@ -70,6 +71,19 @@ _ROWS = (
         elect=True,
         rescale=True,
     ),
+    Method(
+        name="breadcrumbs",
+        summary="drop each task vector's outliers and its small entries, sum",
+        paper="https://arxiv.org/abs/2312.06795",
+        trim=Trim.OUTLIERS,
+    ),
+    Method(
+        name="breadcrumbs_ties",
+        summary="drop each task vector's outliers and its small entries, elect a sign, sum what agrees",
+        paper="https://arxiv.org/abs/2312.06795",
+        trim=Trim.OUTLIERS,
+        elect=True,
+    ),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -91,6 +105,7 @@ def rule_for(
     *,
     weights: Sequence[float],
     densities: Sequence[float] | None = None,
+    gammas: Sequence[float] | None = None,
     lambda_: float | None = None,
     normalize: bool | None = None,
     rescale: bool | None = None,
@@ -107,10 +122,12 @@ def rule_for(
     """
     if densities is None:
         densities = (method.density,) * len(weights)
+    if gammas is None:
+        gammas = (method.gamma,) * len(weights)
     lambda_ = 1.0 if lambda_ is None else lambda_
     normalize = method.normalize if normalize is None else normalize
     rescale = method.rescale if rescale is None else rescale
-    _raise(_problems(method, weights, densities, lambda_, normalize, seed, names))
+    _raise(_problems(method, weights, densities, gammas, lambda_, normalize, seed, names))
 
     trims = method.trim is not Trim.NONE
     return Rule(
@@ -123,8 +140,9 @@ def rule_for(
         densities=tuple(float(density) if trims else 1.0 for density in densities),
         lambda_=float(lambda_) if method.task_vector else 1.0,
         threshold_ties=threshold_ties,
-        scope=scope if method.trim is Trim.MAGNITUDE else Scope.TENSOR,
+        scope=scope if method.trim.by_magnitude else Scope.TENSOR,
         seed=seed,
+        gammas=tuple(map(float, gammas)) if method.trim is Trim.OUTLIERS else (),
     )
 
 
@@ -145,6 +163,7 @@ def _explained(method: Method) -> list[tuple[str, str]]:
         Trim.NONE: "none",
         Trim.MAGNITUDE: "the k-th largest |d| of each expert, found exactly while merging",
         Trim.RANDOM: "none",
+        Trim.OUTLIERS: "two ranks of the |d| of each expert, found exactly while merging",
     }[method.trim]
     if method.rescale:
         sums = "sum |d| before and after the trim, for each tensor and expert"
@@ -153,6 +172,7 @@ def _explained(method: Method) -> list[tuple[str, str]]:
         Trim.NONE: "none: every entry takes part",
         Trim.MAGNITUDE: "keep the int(density * n) largest |d|; among equals the lowest index first (or all)",
         Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
+        Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others",
     }[method.trim]
     elect = "the sign of the sum of the weighted entries; only entries of that sign go on"
     total = "sum of weight * entry"
@@ -169,6 +189,8 @@ def _explained(method: Method) -> list[tuple[str, str]]:
     defaults = [f"normalize {str(method.normalize).lower()}"]
     if method.trim is not Trim.NONE:
         defaults += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
+    if method.trim is Trim.OUTLIERS:
+        defaults.append(f"gamma {method.gamma:g}")
     if method.task_vector:
         defaults.append("lambda 1")
     return [
@@ -187,27 +209,31 @@ def _problems(
     method: Method,
     weights: Sequence[float],
     densities: Sequence[float],
+    gammas: Sequence[float],
     lambda_: float,
     normalize: bool,
     seed: int,
     names: Sequence[str] | None,
 ) -> list[str]:
     problems = []
-    who = names or [f"expert {k}" for k in range(max(len(weights), len(densities)))]
+    who = names or [f"expert {k}" for k in range(max(len(weights), len(densities), len(gammas)))]
     if not weights:
         problems.append(f"{method.name} needs at least one expert")
     if len(densities) != len(weights):
         problems.append(f"{len(densities)} densities for {len(weights)} experts")
+    if len(gammas) != len(weights):
+        problems.append(f"{len(gammas)} gammas for {len(weights)} experts")
     problems += [
         f"weight of {who[k]} is {weight!r}, which is not a finite number in float32"
         for k, weight in enumerate(weights)
         if not _is_float32(weight)
     ]
-    problems += [
-        f"density of {who[k]} is {density!r}, which is outside 0 to 1"
-        for k, density in enumerate(densities)
-        if isinstance(density, bool) or not 0 <= density <= 1
-    ]
+    for name, shares in (("density", densities), ("gamma", gammas)):
+        problems += [
+            f"{name} of {who[k]} is {share!r}, which is outside 0 to 1"
+            for k, share in enumerate(shares)
+            if isinstance(share, bool) or not 0 <= share <= 1
+        ]
     if not _is_float32(lambda_):
         problems.append(f"lambda is {lambda_!r}, which is not a finite number in float32")
     if not 0 <= seed < 2**64:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from pymerge.errors import PymergeError
 from pymerge.planner import Plan
-from pymerge.rule import Trim
 
 TILE = 32_768  # elements; nine bf16 inputs of one tile stay in a 1 MiB L2
 SMALLEST_TILE = 4_096
@@ -33,7 +32,7 @@ def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None
     """Share out `max_memory` bytes (None: the defaults). Raises PymergeError when it is too little."""
     threads = threads or len(os.sched_getaffinity(0))
     streams = len(plan.inputs) + 2
-    trims = plan.rule.trim is Trim.MAGNITUDE and any(density < 1 for density in plan.rule.densities)
+    trims = plan.rule.trim.by_magnitude and any(density < 1 for density in plan.rule.densities)
     if max_memory is None:
         tile, lists = TILE, LISTS if trims else 0
     else:

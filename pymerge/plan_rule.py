@@ -47,6 +47,7 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
             method,
             weights=[_number(weight, 1.0) for weight in weights],
             densities=[_number(density, method.density) for density in densities],
+            gammas=[_number(recipe.parameter(entry, "gamma"), method.gamma) for entry in experts],
             lambda_=_number(given.get("lambda"), 1.0),
             normalize=_flag(given.get("normalize")),
             rescale=_flag(given.get("rescale")),
@@ -84,7 +85,9 @@ def _note_unused(recipe: Recipe, method: Method, notes: list[str]) -> None:
     unused = []
     if method.trim is Trim.NONE:
         unused += ["density", "rescale"]
-    if method.trim is not Trim.MAGNITUDE:
+    if method.trim is not Trim.OUTLIERS:
+        unused.append("gamma")
+    if not method.trim.by_magnitude:
         unused += ["scope", "threshold_ties"]
     if not method.task_vector:
         unused.append("lambda")

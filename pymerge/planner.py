@@ -111,7 +111,7 @@ class Plan:
     def describe(self) -> str:
         """The plan in words, one fact a line."""
         trims = self.method.trim is not Trim.NONE
-        scope = f", scope {self.scope.value}" if self.method.trim is Trim.MAGNITUDE else ""
+        scope = f", scope {self.scope.value}" if self.method.trim.by_magnitude else ""
         lines = [f"method       {self.method.name}{scope}"]
         weights = iter(zip(self.rule.weights, self.rule.densities, strict=True))
         for source in self.inputs:

@@ -24,7 +24,7 @@ Key: TypeAlias = core_schema.TypedDictField
 
 # Keys of mergekit's grammar that this version refuses by name.
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
-UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk", "scale")
+UNSUPPORTED_PARAMETERS = ("epsilon", "t", "filter_wise", "select_topk", "scale")
 
 
 class ModelData(TypedDict):
@@ -127,7 +127,7 @@ REFERENCE = core_schema.no_info_before_validator_function(_reference, TEXT)
 TYPE = core_schema.no_info_plain_validator_function(_dtype)
 SEED = core_schema.int_schema(strict=True, ge=0, lt=2**64)
 
-MODEL_PARAMETERS = {"weight": _optional(NUMBER), "density": _optional(NUMBER)}
+MODEL_PARAMETERS = {name: _optional(NUMBER) for name in ("weight", "density", "gamma")}
 TOP_PARAMETERS = {
     **MODEL_PARAMETERS,
     "lambda": _optional(NUMBER),

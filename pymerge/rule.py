@@ -12,6 +12,12 @@ class Trim(Enum):
     NONE = "none"
     MAGNITUDE = "magnitude"
     RANDOM = "random"
+    OUTLIERS = "outliers"
+
+    @property
+    def by_magnitude(self) -> bool:
+        """Whether thresholds decide, which have to be searched for."""
+        return self in (Trim.MAGNITUDE, Trim.OUTLIERS)
 
 
 class ThresholdTies(Enum):
@@ -33,7 +39,8 @@ class Rule:
     """One tensor's arithmetic, every default filled in; sequences hold one entry per expert.
 
     `task_vector`: experts are taken relative to the base (False: linear, no base at all).
-    `weights`, `densities`: in recipe order. `lambda_`: factor on the merged task vector.
+    `weights`, `densities`: in recipe order; `gammas`: the shares that are outliers, where
+    a trim drops them. `lambda_`: factor on the merged task vector.
     """
 
     task_vector: bool
@@ -47,3 +54,4 @@ class Rule:
     threshold_ties: ThresholdTies = ThresholdTies.FIRST
     scope: Scope = Scope.TENSOR
     seed: int = 0
+    gammas: tuple[float, ...] = ()

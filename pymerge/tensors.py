@@ -58,6 +58,7 @@ def merge_tensors(
     method: str = "ties",
     weight: PerExpert | None = 1.0,
     density: PerExpert | None = 1.0,
+    gamma: PerExpert | None = None,
     lambda_: SupportsFloat | None = 1.0,
     normalize: bool | None = None,
     rescale: bool | None = None,
@@ -72,8 +73,8 @@ def merge_tensors(
     """Merge `experts` (all of the base's shape, any mix of f16, bf16, f32, f64) and return the same kind.
 
     `base`, each of `experts`: a tensor, or a dict of tensors with the same names; never modified. `base` is
-    None for `linear`. `weight`, `density`: a number for all experts or one for each; None: the method's
-    default. Numbers may be scalars of numpy or torch.
+    None for `linear`. `weight`, `density`, `gamma` (the share that is outliers): a number for all experts or
+    one for each; None: the method's default. Numbers may be scalars of numpy or torch.
     `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among
     equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
     dict. `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
@@ -88,6 +89,7 @@ def merge_tensors(
             row,
             weights=per_expert(1.0 if weight is None else weight, len(members), "weight"),
             densities=None if density is None else per_expert(density, len(members), "density"),
+            gammas=None if gamma is None else per_expert(gamma, len(members), "gamma"),
             lambda_=None if lambda_ is None else as_number(lambda_, "lambda_"),
             normalize=as_flag(normalize, "normalize"),
             rescale=as_flag(rescale, "rescale"),

@@ -29,7 +29,10 @@ METHODS = {
     "ties": (True, Trim.MAGNITUDE, True, True, False),
     "dare_linear": (True, Trim.RANDOM, False, False, True),
     "dare_ties": (True, Trim.RANDOM, True, False, True),
+    "breadcrumbs": (True, Trim.OUTLIERS, False, False, False),
+    "breadcrumbs_ties": (True, Trim.OUTLIERS, True, False, False),
 }
+GAMMAS = (0.01, 0.0, 0.3)
 # Tile and lane edges of every backend, the reduction block (65,536), and one size past the tiny-tensor route.
 SIZES = (
     0,
@@ -268,6 +271,7 @@ class Case:
             threshold_ties=self.ties,
             scope=self.scope,
             seed=self.seed,
+            gammas=tuple(GAMMAS[(self.seed + i) % 3] for i in range(self.k)) if trim is Trim.OUTLIERS else (),
         )
 
     @property
@@ -332,12 +336,25 @@ def allowed(row: dict[str, object]) -> bool:
 
 def golden_cases() -> list[Case]:
     """Cases that cover every allowed pair of axis values, and ties on one large tensor."""
+    return covering_cases(AXES) + large_cases("ties")
+
+
+def outlier_cases() -> list[Case]:
+    """The same for the methods that drop outliers."""
+    methods = ("breadcrumbs", "breadcrumbs_ties")
+    fewer = {"size": (0, 1, 17, 4097, 65_537, 100_003), "k": (1, 2, 8, 33), "cast": (None, F32)}
+    cases = covering_cases(AXES | fewer | {"method": methods})
+    return cases + [case for method in methods for case in large_cases(method)]
+
+
+def covering_cases(axes: dict[str, Sequence[object]]) -> list[Case]:
+    """Every allowed pair of values of two axes, at least once."""
     rng = random.Random(20)
     pairs = {
         (a, x, b, y)
-        for a, b in itertools.combinations(AXES, 2)
-        for x in AXES[a]
-        for y in AXES[b]
+        for a, b in itertools.combinations(axes, 2)
+        for x in axes[a]
+        for y in axes[b]
         if allowed({"method": "ties", "size": 1, "k": 1, "normalize": True, "weights": "unit"} | {a: x, b: y})
     }
     rows = []
@@ -346,20 +363,19 @@ def golden_cases() -> list[Case]:
         best: dict[str, object] = {}
         best_new: set[tuple[str, object, str, object]] = set()
         for _ in range(CANDIDATES):
-            row = {axis: rng.choice(values) for axis, values in AXES.items()} | {a: x, b: y}
-            new = {(c, row[c], d, row[d]) for c, d in itertools.combinations(AXES, 2)} & pairs
+            row = {axis: rng.choice(values) for axis, values in axes.items()} | {a: x, b: y}
+            new = {(c, row[c], d, row[d]) for c, d in itertools.combinations(axes, 2)} & pairs
             if allowed(row) and len(new) > len(best_new):
                 best, best_new = row, new
         rows.append(best)
         pairs -= best_new
-    cases = [Case(**row, seed=i) for i, row in enumerate(rows)]  # type: ignore[arg-type]
-    return cases + large_cases()
+    return [Case(**row, seed=i) for i, row in enumerate(rows)]  # type: ignore[arg-type]
 
 
-def large_cases() -> list[Case]:
-    """TIES on a tensor large enough for the sampled bracket, in both scopes and tie rules."""
+def large_cases(method: str) -> list[Case]:
+    """A trim by magnitude on a tensor large enough for the sampled bracket, in both scopes and tie rules."""
     return [
-        Case("ties", LARGE, 3, dtypes, data, 0.2, "unit", 1.0, scope, ties, True, False, None, None, seed=7)
+        Case(method, LARGE, 3, dtypes, data, 0.2, "unit", 1.0, scope, ties, True, False, None, None, seed=7)
         for scope, ties, (dtypes, data) in itertools.product(
             Scope, ThresholdTies, (("bf16", "realistic"), ("f32", "realistic"), ("bf16", "atom"))
         )

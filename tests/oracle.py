@@ -69,11 +69,15 @@ def keep_masks(
                     density >= 1 or random_word(rule.seed, name, j, k) < density * 2**32 - 1e-9
                     for j in range(len(deltas[i][k]))
                 ]
-        elif rule.trim is Trim.MAGNITUDE:
+        elif rule.trim.by_magnitude:
             everything = sorted(range(len(names)), key=lambda i: names[i].encode())
             for part in [everything] if rule.scope is Scope.MODEL else [[i] for i in everything]:
                 where = [(i, j) for i in part for j in range(len(deltas[i][k]))]
-                chosen = largest([deltas[i][k][j] for i, j in where], density, rule.threshold_ties)
+                values = [deltas[i][k][j] for i, j in where]
+                if rule.trim is Trim.OUTLIERS:
+                    chosen = middle(values, density, rule.gammas[k], rule.threshold_ties)
+                else:
+                    chosen = largest(values, density, rule.threshold_ties)
                 for (i, j), keep in zip(where, chosen, strict=True):
                     masks[i][k][j] = keep
     return masks
@@ -89,6 +93,22 @@ def largest(values: Numbers, density: float, ties: ThresholdTies) -> list[bool]:
         return [r >= rank[order[count - 1]] for r in rank]
     chosen = set(order[:count])
     return [i in chosen for i in range(n)]
+
+
+def middle(values: Numbers, density: float, gamma: float, ties: ThresholdTies) -> list[bool]:
+    """What an ascending full sort has in [bottom, bottom + target) (mergekit 0.1.5's breadcrumbs)."""
+    n = len(values)
+    if density >= 1:
+        return [True] * n
+    target, top = int(density * n), int(gamma * n)
+    bottom = max(0, n - target - top)
+    rank = [(1, 0.0) if math.isnan(v) else (0, abs(v)) for v in values]
+    order = sorted(range(n), key=lambda i: (rank[i], -i))
+    chosen = order[bottom : bottom + target]
+    if ties is ThresholdTies.FIRST or not chosen:
+        return [i in set(chosen) for i in range(n)]
+    dropped = order[bottom + target :]
+    return [r >= rank[chosen[0]] and not (dropped and r >= rank[dropped[0]]) for r in rank]
 
 
 def random_word(seed: int, name: str, index: int, expert: int) -> int:

@@ -19,6 +19,8 @@ DEFAULTS = {
     "ties": (True, Trim.MAGNITUDE, True, False),
     "dare_linear": (False, Trim.RANDOM, False, True),
     "dare_ties": (True, Trim.RANDOM, False, True),
+    "breadcrumbs": (False, Trim.OUTLIERS, False, False),
+    "breadcrumbs_ties": (True, Trim.OUTLIERS, False, False),
 }
 
 
@@ -40,6 +42,7 @@ def test_defaults_reach_the_rule(method: Method) -> None:
         rescale=method.rescale,
         weights=(1.0, 0.5),
         densities=(1.0, 1.0),
+        gammas=(0.01, 0.01) if method.trim is Trim.OUTLIERS else (),
     )
     assert all(type(weight) is float for weight in rule.weights)
 

@@ -140,7 +140,7 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
             with_parameter("weight: {filter: mlp, value: 1}"),
             "parameters.weight: conditional values (filter, value) are not supported yet",
         ),
-        (with_parameter("gamma: 0.1"), "parameters.gamma: the parameter gamma is not supported yet"),
+        (with_parameter("epsilon: 0.1"), "parameters.epsilon: the parameter epsilon is not supported yet"),
         (
             with_top("base_model: {model: {path: one}}"),
             "base_model: model references written as mappings are not",

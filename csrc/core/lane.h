@@ -1,10 +1,10 @@
 // The width-1 lane: what one CUDA thread, or a processor without vectors, computes with.
 //
 // A lane type V offers: V::Work, V::Bits, V::Mask (with ^ and |=), V::width, V::set(x), V::none(),
-// V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign, is_positive, is_zero, is_nan,
-// select, add_where, keep_where, tally_where, tallied; for whole groups of kGroup vectors: load_group,
-// store_group, element_mask, random_group, pack_group. The formulas of trim.h, elect.h and
-// combine.h are written over any such type.
+// V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign,
+// is_positive, is_zero, is_nan, select, add_where, keep_where, tally_where, tallied; for whole groups of
+// kGroup vectors: load_group, store_group, element_mask, random_group, pack_group. The formulas of trim.h,
+// elect.h and combine.h are written over any such type.
 #pragma once
 #include "philox.h"
 

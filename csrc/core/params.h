@@ -4,7 +4,10 @@
 
 namespace pm {
 
-enum class Trim : int { none = 0, magnitude = 1, random = 2 };
+enum class Trim : int { none = 0, magnitude = 1, random = 2, outliers = 3 };
+
+// Whether a trim goes by thresholds, which have to be searched for.
+PM_HD constexpr bool by_magnitude(Trim trim) { return trim == Trim::magnitude || trim == Trim::outliers; }
 
 // How a map kernel treats entries whose fate the bracket leaves open.
 enum class Collect : int {
@@ -27,7 +30,8 @@ struct MapParams {
   uint32_t key0 = 0, key1 = 0;      // random trim: from the seed and the tensor's name
 };
 
-// One block of elements. Thresholds are magnitude bits: an entry is kept where bits(|d|) >= keep_at.
+// One block of elements. Thresholds are magnitude bits: an entry is kept where bits(|d|) >= keep_at. Where
+// outliers are dropped, a second threshold for each expert follows after all the first.
 template <class Work>
 struct MapBlock {
   using Bits = typename WorkTraits<Work>::Bits;
@@ -36,6 +40,7 @@ struct MapBlock {
   void* out = nullptr;
   int64_t count = 0;
   uint64_t index = 0;  // flat index of the first element, a multiple of 4 (random trim)
+  int cuts = 0;        // how many thresholds: one for each expert, or two
   const Bits* keep_at = nullptr;
   const Bits* open_at = nullptr;   // Collect: entries in [open_at, keep_at) are undecided
   const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`

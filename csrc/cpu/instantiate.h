@@ -4,6 +4,13 @@
 
 namespace pm {
 
+template <class V, class T, Trim kTrim, bool kElect, bool kUnit>
+void fill_by_collect(MapFn<typename T::Work> (&kernel)[3]) {
+  kernel[int(Collect::no)] = MapKernel<V, T, Shape<true, kTrim, kElect, kUnit>>::run;
+  kernel[int(Collect::first)] = MapKernel<V, T, Shape<true, kTrim, kElect, kUnit, Collect::first>>::run;
+  kernel[int(Collect::all)] = MapKernel<V, T, Shape<true, kTrim, kElect, kUnit, Collect::all>>::run;
+}
+
 template <class V, class T>
 KernelSet<typename T::Work> make_kernel_set() {
   constexpr Trim none = Trim::none, magnitude = Trim::magnitude, random = Trim::random;
@@ -14,12 +21,11 @@ KernelSet<typename T::Work> make_kernel_set() {
   set.elect = MapKernel<V, T, Shape<true, none, true, false>>::run;
   set.elect_unit = MapKernel<V, T, Shape<true, none, true, true>>::run;
   set.elect_random = MapKernel<V, T, Shape<true, random, true, false>>::run;
-  set.elect_magnitude[0] = MapKernel<V, T, Shape<true, magnitude, true, false>>::run;
-  set.elect_magnitude[1] = MapKernel<V, T, Shape<true, magnitude, true, false, Collect::first>>::run;
-  set.elect_magnitude[2] = MapKernel<V, T, Shape<true, magnitude, true, false, Collect::all>>::run;
-  set.elect_magnitude_unit[0] = MapKernel<V, T, Shape<true, magnitude, true, true>>::run;
-  set.elect_magnitude_unit[1] = MapKernel<V, T, Shape<true, magnitude, true, true, Collect::first>>::run;
-  set.elect_magnitude_unit[2] = MapKernel<V, T, Shape<true, magnitude, true, true, Collect::all>>::run;
+  fill_by_collect<V, T, magnitude, false, false>(set.sum_magnitude);
+  fill_by_collect<V, T, magnitude, true, false>(set.elect_magnitude);
+  fill_by_collect<V, T, magnitude, true, true>(set.elect_magnitude_unit);
+  fill_by_collect<V, T, Trim::outliers, false, false>(set.sum_outliers);
+  fill_by_collect<V, T, Trim::outliers, true, false>(set.elect_outliers);
   set.keys = StatsKernel<V, T>::keys;
   set.open_keys = StatsKernel<V, T>::open_keys;
   set.count_open = StatsKernel<V, T>::count_open;

@@ -20,7 +20,9 @@ template <class Work>
 struct KernelSet {
   using Bits = typename WorkTraits<Work>::Bits;
   MapFn<Work> linear, sum, sum_random, elect, elect_unit, elect_random;
-  MapFn<Work> elect_magnitude[3], elect_magnitude_unit[3];  // by Collect
+  // By Collect.
+  MapFn<Work> sum_magnitude[3], elect_magnitude[3], elect_magnitude_unit[3], sum_outliers[3],
+      elect_outliers[3];
   void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
   void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
                     OpenKeys<Bits>* to);
@@ -29,6 +31,8 @@ struct KernelSet {
 
   MapFn<Work> map(const MapShape& s) const {
     if (!s.base) return linear;
+    if (s.trim == Trim::outliers) return (s.elect ? elect_outliers : sum_outliers)[int(s.collect)];
+    if (s.trim == Trim::magnitude && !s.elect) return sum_magnitude[int(s.collect)];
     if (s.trim == Trim::magnitude) return (s.unit ? elect_magnitude_unit : elect_magnitude)[int(s.collect)];
     if (s.trim == Trim::random) return s.elect ? elect_random : sum_random;
     return !s.elect ? sum : s.unit ? elect_unit : this->elect;

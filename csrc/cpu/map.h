@@ -36,7 +36,7 @@ PM_HD uint64_t group_bits(T, const typename V::Mask (&mask)[kGroup]) {
 }
 
 inline size_t map_scratch_bytes(int experts) {
-  return size_t(experts) * (kMaxGroup * 8 + 2 * 64 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 +
+  return size_t(experts) * (kMaxGroup * 8 + 4 * 64 + sizeof(void*)) + size_t(experts + 2) * kMaxGroup * 8 +
          256;
 }
 
@@ -52,6 +52,7 @@ class MapKernel {
   static constexpr bool kOrdered = S::trim == Trim::random;  // random words come in element order
   static constexpr bool kCollecting = S::collect != Collect::no;
   static constexpr bool kCountsAbove = S::collect == Collect::all;
+  static constexpr int kCuts = S::trim == Trim::outliers ? 2 : 1;  // per expert
 
  public:
   // Returns how many results are NaN, the undecided left out.
@@ -78,10 +79,10 @@ class MapKernel {
     tail_ = static_cast<Raw*>(take(sizeof(Raw) * kElements * (p.experts + 2)));
     tail_expert_ = static_cast<const Raw**>(take(sizeof(Raw*) * p.experts));
     static_assert(sizeof(Count) <= 64);
-    kept_ = static_cast<Count*>(take(sizeof(Count) * p.experts));
-    above_ = static_cast<Count*>(take(sizeof(Count) * p.experts));
+    kept_ = static_cast<Count*>(take(sizeof(Count) * kCuts * p.experts));
+    above_ = static_cast<Count*>(take(sizeof(Count) * kCuts * p.experts));
     if constexpr (kCollecting) {
-      for (int k = 0; k < p.experts; ++k) kept_[k] = above_[k] = Count::zero();
+      for (int c = 0; c < kCuts * p.experts; ++c) kept_[c] = above_[c] = Count::zero();
     }
   }
 
@@ -108,9 +109,15 @@ class MapKernel {
       __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + line);
   }
 
-  PM_HD Mask keeps(int64_t k, int g, V d, const Mask (&drawn)[kGroup]) const {
-    if constexpr (S::trim == Trim::magnitude) return trim_magnitude(d, b_.keep_at[k]);
-    return S::trim == Trim::random && !p_.whole[k] ? drawn[g] : V::all();
+  // Which entries reach a cut; what its bracket leaves open is added to the undecided.
+  PM_HD Mask reach(int64_t cut, int g, V d, Mask* undecided, GroupCount* kept, GroupCount* above) const {
+    const Mask reaches = trim_magnitude(d, b_.keep_at[cut]);
+    if constexpr (kCollecting) {
+      *undecided |= trim_magnitude(d, b_.open_at[cut]) ^ reaches;
+      kept->add(g, reaches);
+    }
+    if constexpr (kCountsAbove) above->add(g, trim_magnitude(d, b_.count_at[cut]));
+    return reaches;
   }
 
   PM_HD void group(const Raw* base, const Raw* const* expert, Raw* out, int64_t at, int64_t offset,
@@ -127,27 +134,33 @@ class MapKernel {
       prefetch(expert[k] + at);
       if (S::trim == Trim::random && !p_.whole[k])
         random_group(b_.index + offset, uint32_t(k), p_.key0, p_.key1, p_.limit[k], V{}, drawn);
-      GroupCount kept, above;
-      if constexpr (kCollecting) kept = GroupCount::begin(kept_ + k);
-      if constexpr (kCountsAbove) above = GroupCount::begin(above_ + k);
+      GroupCount kept[kCuts], above[kCuts];
+#pragma GCC unroll 2
+      for (int c = 0; c < kCuts; ++c) {
+        if constexpr (kCollecting) kept[c] = GroupCount::begin(kept_ + c * p_.experts + k);
+        if constexpr (kCountsAbove) above[c] = GroupCount::begin(above_ + c * p_.experts + k);
+      }
       // One vector after the other: side by side they would need more registers than there are.
 #pragma GCC unroll 4
       for (int g = 0; g < kGroup; ++g) {
         if constexpr (S::base) d[g] = d[g] - b[g];
-        const Mask keep = keeps(k, g, d[g], drawn);
-        if constexpr (kCollecting) {
-          undecided[g] |= trim_magnitude(d[g], b_.open_at[k]) ^ keep;
-          kept.add(g, keep);
-        }
-        if constexpr (kCountsAbove) above.add(g, trim_magnitude(d[g], b_.count_at[k]));
+        Mask keep = V::all();
+        if constexpr (by_magnitude(S::trim)) keep = reach(k, g, d[g], undecided + g, kept, above);
+        if constexpr (S::trim == Trim::outliers)
+          keep = trim_outliers(keep, reach(p_.experts + k, g, d[g], undecided + g, kept + 1, above + 1));
+        if constexpr (S::trim == Trim::random)
+          if (!p_.whole[k]) keep = drawn[g];
         V v = d[g];
         if constexpr (!S::unit) v = (S::base ? v * V::set(p_.scale[k]) : v) * V::set(p_.weight[k]);
         if constexpr (S::trim != Trim::none) v = keep_where(keep, v);
         mass[g] = mass[g] + v;
         if constexpr (S::elect) entries_[k][g] = v;
       }
-      if constexpr (kCollecting) kept.end();
-      if constexpr (kCountsAbove) above.end();
+#pragma GCC unroll 2
+      for (int c = 0; c < kCuts; ++c) {
+        if constexpr (kCollecting) kept[c].end();
+        if constexpr (kCountsAbove) above[c].end();
+      }
     }
     V result[kGroup];
     finish(b, mass, result);
@@ -197,18 +210,18 @@ class MapKernel {
   }
 
   void report_counts() {
-    for (int k = 0; k < p_.experts; ++k) {
-      b_.above[k] += (kCountsAbove ? above_ : kept_)[k].total();
-      if (kCountsAbove) b_.kept[k] += kept_[k].total();
+    for (int c = 0; c < kCuts * p_.experts; ++c) {
+      b_.above[c] += (kCountsAbove ? above_ : kept_)[c].total();
+      if (kCountsAbove) b_.kept[c] += kept_[c].total();
     }
   }
 
   const MapParams<Work>& p_;
   const MapBlock<Work>& b_;
   Vectors* entries_;  // trimmed, weighted task vectors
-  Raw* tail_;   // padded copies of a short last group
+  Raw* tail_;         // padded copies of a short last group
   const Raw** tail_expert_;
-  Count *kept_, *above_;  // per expert
+  Count *kept_, *above_;  // per cut
   int64_t nan_ = 0;
 };
 

@@ -68,7 +68,11 @@ class StatsKernel {
     each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
       typename V::Mask keep[kGroup];
       if (b.keep_at)
-        for (int g = 0; g < kGroup; ++g) keep[g] = trim_magnitude(d[g], b.keep_at[k]);
+        for (int g = 0; g < kGroup; ++g) {
+          keep[g] = trim_magnitude(d[g], b.keep_at[k]);
+          if (b.cuts > p.experts)
+            keep[g] = trim_outliers(keep[g], trim_magnitude(d[g], b.keep_at[p.experts + k]));
+        }
       else
         random_group(b.index + at, k, p.key0, p.key1, p.limit[k], V{}, keep);
       V kept[kGroup];

@@ -27,8 +27,7 @@ Rule make_rule(const py::dict& d) {
   rule.lambda = d["lambda"].cast<double>();
   rule.weight = d["weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
-  if (rule.trim == Trim::magnitude && !rule.elect)
-    throw std::invalid_argument("trimming by magnitude without electing a sign has no kernel");
+  rule.gamma = d["gammas"].cast<std::vector<double>>();
   return rule;
 }
 

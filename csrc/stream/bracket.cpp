@@ -64,8 +64,8 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
   const Samples samples = choose_samples(group);
   const int64_t total = samples.clusters * samples.length;
   std::vector<std::vector<Bits>> keys(static_cast<size_t>(experts));
-  for (int k = 0; k < experts; ++k)
-    if (group.kept(k) > 0) keys[size_t(k)].resize(size_t(total));
+  for (int cut = 0; cut < group.cuts(); ++cut)
+    if (group.rank(cut) > 0) keys[size_t(group.expert_of(cut))].resize(size_t(total));
 
   constexpr int64_t kBatch = 64;
   crew.each((samples.clusters + kBatch - 1) / kBatch, [&](int member, int64_t batch) {
@@ -82,7 +82,7 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
         if (count <= 0) continue;
         view.load(worker, first, count);
         for (int k = 0; k < experts; ++k)
-          if (group.kept(k) > 0)
+          if (!keys[size_t(k)].empty())
             group.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(k)], count,
                                      keys[size_t(k)].data() + c * samples.length + done);
         done += count, flat += uint64_t(count);
@@ -90,16 +90,17 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     }
   });
 
-  Bracket bracket{std::vector<Cut>(static_cast<size_t>(experts)),
-                  std::vector<Cut>(static_cast<size_t>(experts))};
+  const size_t cuts = size_t(group.cuts());
+  Bracket bracket{std::vector<Cut>(cuts), std::vector<Cut>(cuts)};
   const Settings& settings = group.run().settings;
   const bool all_ties = group.rule().all_ties;
-  crew.each(experts, [&](int, int64_t k) {
-    const int64_t kept = group.kept(int(k));
-    Cut &low = bracket.low[size_t(k)], &high = bracket.high[size_t(k)];
+  crew.each(group.cuts(), [&](int, int64_t number) {
+    const int64_t kept = group.rank(int(number));
+    Cut &low = bracket.low[size_t(number)], &high = bracket.high[size_t(number)];
     low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
     if (kept <= 0) return;
-    Ranking<Bits> ranking(keys[size_t(k)].data(), total);
+    const std::vector<Bits>& sample = keys[size_t(group.expert_of(int(number)))];
+    Ranking<Bits> ranking(sample.data(), total);
     auto cut_at = [&](int64_t rank) -> Cut {
       const auto [key, place] = ranking.at(rank);
       return {key, all_ties ? Cut::kAllIndices : samples.index(place) + 1};
@@ -107,7 +108,7 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     const double share = double(kept) / double(group.size) + settings.bracket_bias;
     const double centre = std::clamp(share * double(total), 1.0, double(total));
     const auto [middle, last] = ranking.at(int64_t(centre));
-    const double half = settings.sigmas * rank_error(keys[size_t(k)].data(), samples, middle, last) + 1;
+    const double half = settings.sigmas * rank_error(sample.data(), samples, middle, last) + 1;
     const auto high_rank = int64_t(std::floor(centre - half)), low_rank = int64_t(std::ceil(centre + half));
     high = high_rank < 1 ? Cut::keep_none() : cut_at(high_rank);
     low = low_rank > total ? Cut::keep_all() : cut_at(low_rank);

@@ -53,7 +53,7 @@ template <class Work>
 void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& jobs, Crew& crew, Buffer* held) {
   Group<Work> group(run, number, jobs);
   const TensorJob& first = group.views[0].job();
-  if (held && jobs.size() == 1 && group.rule().trim == Trim::magnitude && first.out.file != kInMemory)
+  if (held && jobs.size() == 1 && by_magnitude(group.rule().trim) && first.out.file != kInMemory)
     group.views[0].hold(held->reserve(size_t(first.count) * size_t(first.out.item)));
   merge_group(group, crew);
   for (const auto& view : group.views) {

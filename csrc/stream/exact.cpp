@@ -17,10 +17,10 @@ class ExactSearch {
  public:
   ExactSearch(const Group<Work>& group, Crew& crew)
       : group_(group), crew_(crew), tile_(group.run().settings.tile) {
-    cuts_.assign(size_t(group.experts()), Cut::keep_all());
-    for (int k = 0; k < group.experts(); ++k) {
-      if (group.kept(k) == 0) cuts_[size_t(k)] = Cut::keep_none();
-      if (group.kept(k) > 0) searches_.push_back({k, group.kept(k), 0, 0});
+    cuts_.assign(size_t(group.cuts()), Cut::keep_all());
+    for (int cut = 0; cut < group.cuts(); ++cut) {
+      if (group.rank(cut) == 0) cuts_[size_t(cut)] = Cut::keep_none();
+      if (group.rank(cut) > 0) searches_.push_back({cut, group.rank(cut), 0, 0});
     }
   }
 
@@ -31,14 +31,14 @@ class ExactSearch {
       shift -= digit;
       settle_digit(shift, digit);
     }
-    for (const Search& s : searches_) cuts_[size_t(s.expert)] = {s.prefix, Cut::kAllIndices};
+    for (const Search& s : searches_) cuts_[size_t(s.cut)] = {s.prefix, Cut::kAllIndices};
     if (!group_.rule().all_ties) place_ties();
     return cuts_;
   }
 
  private:
   struct Search {
-    int expert;
+    int cut;
     int64_t rank;     // among keys that share the prefix
     uint64_t prefix;  // the threshold's leading bits
     int64_t equal;    // how many keys share it
@@ -54,8 +54,9 @@ class ExactSearch {
       view.load(worker, piece.first, piece.count);
       std::vector<Bits> keys(static_cast<size_t>(piece.count));
       for (size_t s = 0; s < searches_.size(); ++s) {
-        group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)],
-                                  piece.count, keys.data());
+        group_.kernels(view).keys(worker.tile.base,
+                                  worker.tile.expert[size_t(group_.expert_of(searches_[s].cut))], piece.count,
+                                  keys.data());
         body(member, s, number, keys);
       }
     });
@@ -103,11 +104,12 @@ class ExactSearch {
       const JobView& view = group_.views[piece.tensor];
       view.load(worker, piece.first, piece.count);
       std::vector<Bits> keys(static_cast<size_t>(piece.count));
-      group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(searches_[s].expert)],
-                                piece.count, keys.data());
+      group_.kernels(view).keys(worker.tile.base,
+                                worker.tile.expert[size_t(group_.expert_of(searches_[s].cut))], piece.count,
+                                keys.data());
       int64_t last = -1;
       while (rank > 0) rank -= keys[size_t(++last)] == searches_[s].prefix;
-      cuts_[size_t(searches_[s].expert)].index = group_.flat(piece.tensor, piece.first + last) + 1;
+      cuts_[size_t(searches_[s].cut)].index = group_.flat(piece.tensor, piece.first + last) + 1;
     }
   }
 

@@ -21,8 +21,18 @@ Group<Work>::Group(RunContext& run, int64_t number, const std::vector<int64_t>& 
 }
 
 template <class Work>
-int64_t Group<Work>::kept(int k) const {
-  return kept_entries(rule().density[size_t(k)], int64_t(size));
+int64_t Group<Work>::rank(int cut) const {
+  const size_t k = size_t(expert_of(cut));
+  if (rule().trim != Trim::outliers) return kept_entries(rule().density[k], int64_t(size));
+  const OutlierRanks ranks = outlier_ranks(rule().density[k], rule().gamma[k], int64_t(size));
+  return cut < experts() ? ranks.reached : ranks.dropped;
+}
+
+template <class Work>
+bool Group<Work>::trims() const {
+  for (int cut = 0; cut < cuts(); ++cut)
+    if (rank(cut) != (cut < experts() ? -1 : 0)) return true;
+  return false;
 }
 
 template <class Work>

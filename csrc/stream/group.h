@@ -23,8 +23,14 @@ class Group {
     return kernel_set<Work>(run_.settings.isa, view.kernel_dtype());
   }
   int experts() const { return int(rule().weight.size()); }
-  // How many entries of expert k are kept: -1 all, else exactly this many.
-  int64_t kept(int k) const;
+  // Cuts are numbered: the threshold of each expert, then the outliers' of each expert where they are
+  // dropped.
+  int cuts() const { return rule().trim == Trim::outliers ? 2 * experts() : experts(); }
+  int expert_of(int cut) const { return cut % experts(); }
+  // How many entries of its expert reach a cut: -1 all, else exactly this many.
+  int64_t rank(int cut) const;
+  // Whether the trim leaves out anything.
+  bool trims() const;
   uint64_t flat(size_t tensor, int64_t element) const { return origins[tensor] + uint64_t(element); }
 
   // Pieces of at most `size` elements over all tensors, numbered in flat order.

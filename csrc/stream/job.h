@@ -27,7 +27,7 @@ struct Rule {
   bool base = true, elect = true, normalize = true, rescale = false, all_ties = false;
   Trim trim = Trim::none;
   double lambda = 1;
-  std::vector<double> weight, density;
+  std::vector<double> weight, density, gamma;
 };
 
 struct TensorJob {

@@ -26,16 +26,13 @@ class GroupMerge {
   }
 
   void merge() {
-    const bool searched =
-        rule_.trim == Trim::magnitude && !each_expert(group_, [](int64_t kept) { return kept < 0; });
-    if (!searched) {
+    if (!by_magnitude(rule_.trim) || !group_.trims()) {
       if (rule_.trim == Trim::random && rule_.rescale) rescale(group_, crew_, {}, &params_);
       return map({});
     }
     if (!run_.cuts[size_t(group_.number)].empty()) return finish(run_.cuts[size_t(group_.number)]);
     run_.report.searched += 1;
-    const bool trivial = each_expert(group_, [](int64_t kept) { return kept <= 0; });
-    if (group_.size <= kSmallGroup || trivial) return finish(small_cuts());
+    if (group_.size <= kSmallGroup || !searched()) return finish(small_cuts());
     Bracket bracket = sample_bracket(group_, crew_);
     try {
       UndecidedStore store(run_, group_.experts(), group_.views[0].kernel_item());
@@ -59,6 +56,13 @@ class GroupMerge {
   }
 
  private:
+  // Whether any cut lies among the entries.
+  bool searched() const {
+    for (int cut = 0; cut < group_.cuts(); ++cut)
+      if (group_.rank(cut) > 0) return true;
+    return false;
+  }
+
   bool scales_finite() const {
     for (const auto& p : params_)
       for (Work scale : p.scale)
@@ -80,10 +84,10 @@ class GroupMerge {
 
   std::vector<Cut> small_cuts() {
     const int experts = group_.experts();
-    std::vector<Cut> cuts(static_cast<size_t>(experts), Cut::keep_all());
-    for (int k = 0; k < experts; ++k)
-      if (group_.kept(k) == 0) cuts[size_t(k)] = Cut::keep_none();
-    if (each_expert(group_, [](int64_t kept) { return kept <= 0; })) return cuts;
+    std::vector<Cut> cuts(static_cast<size_t>(group_.cuts()), Cut::keep_all());
+    for (int cut = 0; cut < group_.cuts(); ++cut)
+      if (group_.rank(cut) == 0) cuts[size_t(cut)] = Cut::keep_none();
+    if (!searched()) return cuts;
     std::vector<std::vector<Bits>> keys(static_cast<size_t>(experts), std::vector<Bits>(group_.size));
     Worker& worker = run_.workers[size_t(crew_.size() - 1)];
     for (size_t t = 0; t < group_.views.size(); ++t) {
@@ -93,10 +97,11 @@ class GroupMerge {
         group_.kernels(view).keys(worker.tile.base, worker.tile.expert[size_t(k)], view.job().count,
                                   keys[size_t(k)].data() + group_.origins[t]);
     }
-    for (int k = 0; k < experts; ++k) {
-      if (group_.kept(k) <= 0) continue;
-      const auto [key, last] = Ranking<Bits>(keys[size_t(k)].data(), int64_t(group_.size)).at(group_.kept(k));
-      cuts[size_t(k)] = {key, rule_.all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
+    for (int cut = 0; cut < group_.cuts(); ++cut) {
+      if (group_.rank(cut) <= 0) continue;
+      const Bits* key_of = keys[size_t(group_.expert_of(cut))].data();
+      const auto [key, last] = Ranking<Bits>(key_of, int64_t(group_.size)).at(group_.rank(cut));
+      cuts[size_t(cut)] = {key, rule_.all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
     }
     return cuts;
   }
@@ -104,16 +109,16 @@ class GroupMerge {
   // Reads every input once; writes the output as if the undecided were trimmed. Closes the bracket on the
   // way.
   Counts stream(UndecidedStore& store, Bracket* bracket) {
-    const int experts = group_.experts();
+    const int cuts = group_.cuts();
     const int64_t tile = stream_tile();
     const Rounds rounds = Rounds::scattered_first(group_.piece_count(tile), kGrowth);
     std::vector<Chunk*> chunks(size_t(crew_.size()), nullptr);
-    std::vector<Counts> pieces(size_t(crew_.size()), Counts(experts));
-    Counts sum(experts);
+    std::vector<Counts> pieces(size_t(crew_.size()), Counts(cuts));
+    Counts sum(cuts);
     int64_t seen = 0;
     for (int round = 0; round < rounds.count(); ++round) {
-      std::vector<Counts> counts(size_t(crew_.size()), Counts(experts));
-      Tally tally(experts, rounds.places(round));
+      std::vector<Counts> counts(size_t(crew_.size()), Counts(cuts));
+      Tally tally(cuts, rounds.places(round));
       std::atomic<int64_t> streamed{0}, nan{0};
       each_piece(rounds, round, tile, [&](int member, int64_t place, const auto& piece) {
         Worker& worker = run_.workers[size_t(member)];
@@ -186,10 +191,12 @@ class GroupMerge {
     int64_t nan = 0, counted = *chunk ? (*chunk)->size : 0;
     bool new_span = true;
     auto count_opened = [&] {  // of the rows that came to the chunk under one pair of thresholds
-      for (int k = 0; k < group_.experts(); ++k)
-        if (open[size_t(k)] < keep[size_t(k)])
-          counts->opened[size_t(k)] +=
-              store.count_open(**chunk, counted, k, group_.kernels(view), open[size_t(k)], keep[size_t(k)]);
+      for (int cut = 0; cut < group_.cuts(); ++cut) {
+        const Bits low = open[size_t(cut)], high = keep[size_t(cut)];
+        if (low < high)
+          counts->opened[size_t(cut)] +=
+              store.count_open(**chunk, counted, group_.expert_of(cut), group_.kernels(view), low, high);
+      }
       counted = (*chunk)->size;
     };
     each_segment({bracket.low, bracket.high}, flat, piece.count, [&](int64_t begin, int64_t size) {
@@ -212,7 +219,8 @@ class GroupMerge {
               {int32_t(piece.tensor), piece.first, piece.count, (*chunk)->size, (*chunk)->size});
         new_span = false;
         MapBlock<Work> block = block_at<Work>(worker, view, out, at, n);
-        block.keep_at = keep.data(), block.open_at = open.data(), block.count_at = count.data();
+        block.cuts = group_.cuts(), block.keep_at = keep.data(), block.open_at = open.data(),
+        block.count_at = count.data();
         block.above = counts->above.data(), block.kept = counts->kept.data();
         uint64_t undecided[UndecidedStore::kBlock / 64] = {};
         block.undecided = undecided;
@@ -241,7 +249,7 @@ class GroupMerge {
         thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
         block.index = uint64_t(piece.first + begin);
-        block.keep_at = keep.data();
+        block.cuts = group_.cuts(), block.keep_at = keep.data();
         run_.report.nan += kernel(params_[piece.tensor].block, block, scratch);
       });
       view.store(worker, piece.first, piece.count, out);

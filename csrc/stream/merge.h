@@ -8,14 +8,14 @@ namespace pm {
 template <class Work>
 void merge_group(Group<Work>& group, Crew& crew);
 
-// The exact cut of every searched expert by counting passes over the inputs; needs no luck and little memory.
+// The exact place of every cut by counting passes over the inputs; needs no luck and little memory.
 template <class Work>
 std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew);
 
-// What one streaming pass counted, per expert.
+// What one streaming pass counted, per cut.
 struct Counts {
   std::vector<int64_t> above, kept, opened;
-  explicit Counts(int experts) : above(size_t(experts)), kept(size_t(experts)), opened(size_t(experts)) {}
+  explicit Counts(int cuts) : above(size_t(cuts)), kept(size_t(cuts)), opened(size_t(cuts)) {}
   void add(const Counts& more) {
     for (size_t k = 0; k < above.size(); ++k)
       above[k] += more.above[k], kept[k] += more.kept[k], opened[k] += more.opened[k];
@@ -25,7 +25,7 @@ struct Counts {
   }
 };
 
-// The exact cut of every searched expert from the undecided; false if a bracket missed its threshold.
+// The exact place of every cut from the undecided; false if a bracket missed its threshold.
 template <class Work>
 bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& store, const Bracket& bracket,
                  const Counts& counts, std::vector<Cut>* cuts);

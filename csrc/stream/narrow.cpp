@@ -6,13 +6,13 @@
 
 namespace pm {
 
-double Tally::error(int k) const {
+double Tally::error(int cut) const {
   double variance = 0, total = 0, squares = 0, last_rate = 0;
   int64_t bins = 0;
   for (size_t bin = 0; bin < size_.size(); ++bin) {
     if (!size_[bin]) continue;
     const double size = double(size_[bin]);
-    const double rate = double(halves_[bin * experts_ + size_t(k)]) / (2 * size);
+    const double rate = double(halves_[bin * cuts_ + size_t(cut)]) / (2 * size);
     if (bins++) variance += size * size * (rate - last_rate) * (rate - last_rate) / 2;
     total += size, squares += size * size, last_rate = rate;
   }
@@ -22,15 +22,15 @@ double Tally::error(int k) const {
 
 namespace {
 
-// An end of some expert's bracket that moves.
+// An end of some cut's bracket that moves.
 struct End {
-  int expert;
+  int cut;
   bool high;
 };
 
-// Moves one end to where `place` found it. The low end of an expert moves before its high end.
+// Moves one end to where `place` found it. The low end of a bracket moves before its high end.
 void move_end(const End& end, const Placed& place, bool all_ties, Bracket* bracket, Counts* counts) {
-  const size_t k = size_t(end.expert);
+  const size_t k = size_t(end.cut);
   // All ties of a magnitude share one fate, so with them the bracket's ends know no index.
   const int64_t reaching = all_ties ? place.larger + place.equal : place.rank;
   const Cut cut{place.cut.magnitude, all_ties ? Cut::kAllIndices : place.cut.index};
@@ -55,8 +55,8 @@ void narrow_bracket(const Group<Work>& group, Crew& crew, const UndecidedStore& 
   const double share = double(seen) / double(group.size);
   std::vector<Search> searches;
   std::vector<End> ends;
-  for (int k = 0; k < group.experts(); ++k) {
-    const int64_t kept = group.kept(k), opened = counts->opened[size_t(k)];
+  for (int k = 0; k < group.cuts(); ++k) {
+    const int64_t kept = group.rank(k), opened = counts->opened[size_t(k)];
     if (kept <= 0) continue;
     const int64_t surely = all_ties ? counts->kept[size_t(k)] : counts->above[size_t(k)];
     const double centre = double(kept) * share - double(surely);

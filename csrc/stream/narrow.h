@@ -9,23 +9,23 @@ class Tally {
  public:
   static constexpr int64_t kBins = 256;
 
-  Tally(int experts, int64_t places)
-      : experts_(size_t(experts)), places_(places), size_(kBins), halves_(size_t(kBins) * experts_) {}
+  Tally(int cuts, int64_t places)
+      : cuts_(size_t(cuts)), places_(places), size_(kBins), halves_(size_t(kBins) * cuts_) {}
 
   // Counts of the piece at `place`: the undecided count half, as the threshold will divide them somewhere.
   void add(int64_t place, int64_t size, const Counts& counts) {
     const size_t bin = size_t(place * std::min(kBins, places_) / places_);
     size_[bin] += size;
-    for (size_t k = 0; k < experts_; ++k)
-      halves_[bin * experts_ + k] += 2 * std::max(counts.above[k], counts.kept[k]) + counts.opened[k];
+    for (size_t c = 0; c < cuts_; ++c)
+      halves_[bin * cuts_ + c] += 2 * std::max(counts.above[c], counts.kept[c]) + counts.opened[c];
   }
 
-  // Standard error of the kept share of expert k, from the differences between neighbouring strata; already
+  // Standard error of the share that reaches a cut, from the differences between neighbouring strata; already
   // widened for how few they are (strata of unequal size count as fewer).
-  double error(int k) const;
+  double error(int cut) const;
 
  private:
-  size_t experts_;
+  size_t cuts_;
   int64_t places_;
   std::vector<std::atomic<int64_t>> size_, halves_;
 };

@@ -21,7 +21,7 @@ Masses block_masses(const Group<Work>& group, Worker& worker, const TensorParams
     thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
     MapBlock<Work> block = block_at<Work>(worker, view, nullptr, begin, size);
     block.index = uint64_t(first + begin);
-    block.keep_at = cuts.empty() ? nullptr : keep.data();
+    block.cuts = group.cuts(), block.keep_at = cuts.empty() ? nullptr : keep.data();
     group.kernels(view).masses(params.block, block, k, begin, &sums);
   });
   return sums;

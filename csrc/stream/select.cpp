@@ -28,9 +28,9 @@ bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& sto
   Selection<Work> selection(group, crew, store, bracket);
   *cuts = bracket.high;
   std::vector<Search> searches;
-  for (int k = 0; k < group.experts(); ++k) {
-    const size_t i = size_t(k);
-    const int64_t kept = group.kept(k);
+  for (int cut = 0; cut < group.cuts(); ++cut) {
+    const size_t i = size_t(cut);
+    const int64_t kept = group.rank(cut);
     if (kept <= 0) continue;
     int64_t surely = counts.above[i], rank = 0;
     if (group.rule().all_ties) {
@@ -41,13 +41,13 @@ bool select_cuts(const Group<Work>& group, Crew& crew, const UndecidedStore& sto
     switch (judge(kept, bracket.low[i], bracket.high[i], surely, counts.opened[i], &(*cuts)[i], &rank)) {
       case Verdict::decided: break;
       case Verdict::missed: return false;
-      case Verdict::search: searches.push_back(selection.search(k, rank, counts.opened[i]));
+      case Verdict::search: searches.push_back(selection.search(cut, rank, counts.opened[i]));
     }
   }
-  std::vector<int> expert;
-  for (const Search& s : searches) expert.push_back(s.range.expert);
+  std::vector<int> searched;
+  for (const Search& s : searches) searched.push_back(s.range.cut);
   const std::vector<Placed> found = selection.find(std::move(searches));
-  for (size_t i = 0; i < found.size(); ++i) (*cuts)[size_t(expert[i])] = found[i].cut;
+  for (size_t i = 0; i < found.size(); ++i) (*cuts)[size_t(searched[i])] = found[i].cut;
   if (group.rule().all_ties)
     for (Cut& cut : *cuts)
       if (cut.magnitude != Cut::keep_none().magnitude) cut.index = Cut::kAllIndices;

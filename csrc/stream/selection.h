@@ -8,9 +8,9 @@
 
 namespace pm {
 
-// Magnitudes [low, high] of one expert.
+// Magnitudes [low, high] of one cut's expert.
 struct Range {
-  int expert;
+  int cut;
   uint64_t low, high;
   bool operator==(const Range&) const = default;
 };
@@ -37,10 +37,10 @@ class Selection {
   Selection(const Group<Work>& group, Crew& crew, const UndecidedStore& store, const Bracket& bracket)
       : group_(group), crew_(crew), store_(store), bracket_(bracket) {}
 
-  // A search over all that is undecided for expert k.
-  Search search(int k, int64_t rank, int64_t count) const {
-    const uint64_t low = bracket_.low[size_t(k)].magnitude, high = bracket_.high[size_t(k)].magnitude;
-    return {{k, low, std::min<uint64_t>(high, WorkTraits<Work>::nan_key)}, rank, count};
+  // A search over all that is undecided about a cut.
+  Search search(int cut, int64_t rank, int64_t count) const {
+    const uint64_t low = bracket_.low[size_t(cut)].magnitude, high = bracket_.high[size_t(cut)].magnitude;
+    return {{cut, low, std::min<uint64_t>(high, WorkTraits<Work>::nan_key)}, rank, count};
   }
 
   // Answers in the order of the searches.
@@ -235,7 +235,8 @@ class Selection {
     const uint32_t* position = layout.position(slab);
     const JobView& view = group_.views[size_t(span.tensor)];
     const uint64_t flat = group_.flat(size_t(span.tensor), span.origin);
-    const Cut &low = bracket_.low[size_t(range.expert)], &high = bracket_.high[size_t(range.expert)];
+    const Cut &low = bracket_.low[size_t(range.cut)], &high = bracket_.high[size_t(range.cut)];
+    const int k = group_.expert_of(range.cut);
     OpenKeys<Bits> to{keys, rows, 0, 0};
     each_segment({{&low, 1}, {&high, 1}}, flat, span.size, [&](int64_t first, int64_t size) {
       const auto begin =
@@ -246,8 +247,8 @@ class Selection {
       const Bits below = std::min(threshold_at<Work>(high, flat + uint64_t(first)), above<Work>(range.high));
       const int64_t offset = begin * layout.item;
       to.origin = uint32_t(begin);
-      group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, range.expert) + offset,
-                                     end - begin, from, below, &to);
+      group_.kernels(view).open_keys(layout.base(slab) + offset, layout.expert(slab, k) + offset, end - begin,
+                                     from, below, &to);
     });
     return {keys, rows, position, flat, to.size, 0, 0, 0};
   }

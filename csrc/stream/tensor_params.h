@@ -50,19 +50,11 @@ void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat,
   for (size_t k = 0; k < cuts.size(); ++k) (*to)[k] = threshold_at<Work>(cuts[k], flat);
 }
 
-// Whether `test` holds for how many entries of each expert are kept (-1: all).
-template <class Work, class F>
-bool each_expert(const Group<Work>& group, F&& test) {
-  for (int k = 0; k < group.experts(); ++k)
-    if (!test(group.kept(k))) return false;
-  return true;
-}
-
 template <class Work>
 MapFn<Work> kernel_for(const Group<Work>& group, const JobView& view, const TensorParams<Work>& p,
                        Collect collect) {
   Trim trim = group.rule().trim;
-  if (trim == Trim::magnitude && each_expert(group, [](int64_t kept) { return kept < 0; })) trim = Trim::none;
+  if (by_magnitude(trim) && !group.trims()) trim = Trim::none;
   return group.kernels(view).map({group.rule().base, group.rule().elect, p.unit(), trim, collect});
 }
 

@@ -15,7 +15,7 @@ from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
-_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
 _NO_FILE = -1
 
 
@@ -212,6 +212,7 @@ def _rule_row(rule: Rule) -> dict[str, object]:
         "lambda": rule.lambda_,
         "weights": list(rule.weights),
         "densities": list(rule.densities),
+        "gammas": list(rule.gammas),
     }
 
 

@@ -32,6 +32,10 @@ among equals: a stable descending sort. ALL keeps every magnitude >= the k-th la
 over one tensor; scope MODEL over all tensors together, flat index = tensors in sorted name order, one
 threshold per expert; where working types differ, magnitudes are compared as f64, which widening leaves exact.
 
+Trim with outliers. kept = int(density * n), outliers = min(int(gamma * n), n - kept); density >= 1 keeps
+all. Of the outliers + kept largest magnitudes, in the order above, the outliers are dropped; kept = 0 keeps
+none.
+
 Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
 
 Rescale. scale_k = sum|d| / sum|kept d| per tensor and expert, both sums f64 in a fixed order (`ordered_sum`),
@@ -175,19 +179,16 @@ def magnitude(d: Tensor) -> Tensor:
 
 def trim(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: Rule) -> list[list[Tensor]]:
     """Which entries take part: one bool mask per tensor and expert, shaped as `deltas`."""
-    if rule.trim is Trim.MAGNITUDE and rule.scope is Scope.MODEL:
+    if rule.trim.by_magnitude and rule.scope is Scope.MODEL:
         return trim_model(names, deltas, rule)
     return [
-        [
-            trim_one(name, k, d, density, rule)
-            for k, (d, density) in enumerate(zip(ds, rule.densities, strict=True))
-        ]
-        for name, ds in zip(names, deltas, strict=True)
+        [trim_one(name, k, d, rule) for k, d in enumerate(ds)] for name, ds in zip(names, deltas, strict=True)
     ]
 
 
-def trim_one(name: str, expert: int, d: Tensor, density: float, rule: Rule) -> Tensor:
+def trim_one(name: str, expert: int, d: Tensor, rule: Rule) -> Tensor:
     """The mask of one expert's task vector for one tensor."""
+    density = rule.densities[expert]
     if rule.trim is Trim.NONE or density >= 1:
         return torch.ones_like(d, dtype=torch.bool)
     if density <= 0:
@@ -195,6 +196,8 @@ def trim_one(name: str, expert: int, d: Tensor, density: float, rule: Rule) -> T
     if rule.trim is Trim.RANDOM:
         words = element_words(tensor_key(rule.seed, name), expert, d.numel())
         return torch.from_numpy(words < keep_below(density)).to(d.device)
+    if rule.trim is Trim.OUTLIERS:
+        return select_between(magnitude(d), density, rule.gammas[expert], rule.threshold_ties)
     return select(magnitude(d), density, rule.threshold_ties)
 
 
@@ -202,10 +205,10 @@ def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: R
     """Scope MODEL: the tensors, in sorted name order, trimmed as if they were one."""
     order = sorted(range(len(names)), key=lambda i: names[i])
     kept: list[list[Tensor]] = [[] for _ in names]
-    for k, density in enumerate(rule.densities):
+    for k in range(len(rule.densities)):
         widest = max((ds[k].dtype for ds in deltas), key=lambda dtype: dtype.itemsize)
         flat = torch.cat([deltas[i][k].to(widest) for i in order])
-        mask = trim_one("", k, flat, density, rule)
+        mask = trim_one("", k, flat, rule)
         ends = accumulate((deltas[i][k].numel() for i in order), initial=0)
         for i, (begin, end) in zip(order, pairwise(ends), strict=True):
             kept[i].append(mask[begin:end])
@@ -214,14 +217,27 @@ def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: R
 
 def select(magnitudes: Tensor, density: float, ties: ThresholdTies) -> Tensor:
     """The mask of the k largest magnitudes, k = int(density * n) and at least 1; density in (0, 1)."""
+    return largest(magnitudes, max(1, int(density * magnitudes.numel())), ties)
+
+
+def select_between(magnitudes: Tensor, density: float, gamma: float, ties: ThresholdTies) -> Tensor:
+    """The mask of the int(density * n) largest below the outliers; density in (0, 1)."""
     n = magnitudes.numel()
-    if n == 0:
-        return torch.zeros(0, dtype=torch.bool, device=magnitudes.device)
-    k = max(1, int(density * n))
+    kept = int(density * n)
+    outliers = min(int(gamma * n), n - kept)
+    if kept == 0:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    return largest(magnitudes, outliers + kept, ties) & ~largest(magnitudes, outliers, ties)
+
+
+def largest(magnitudes: Tensor, k: int, ties: ThresholdTies) -> Tensor:
+    """The mask of the k largest magnitudes, or with ALL of every one that reaches the k-th."""
+    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
+    if k == 0 or magnitudes.numel() == 0:
+        return mask
     descending, index = torch.sort(magnitudes, descending=True, stable=True)
     if ties is ThresholdTies.ALL:
         return magnitudes >= descending[k - 1]
-    mask = torch.zeros(n, dtype=torch.bool, device=magnitudes.device)
     mask[index[:k]] = True
     return mask
 

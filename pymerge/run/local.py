@@ -22,7 +22,7 @@ from pymerge.errors import CheckpointError
 from pymerge.files import open_regular
 from pymerge.job import TensorJob
 from pymerge.planner import Plan, bytes_read_by
-from pymerge.rule import Scope, Trim
+from pymerge.rule import Scope
 from pymerge.run.hasher import ShardHasher
 from pymerge.run.progress import Progress, Silent
 from pymerge.run.results import Summary, manifest, side_files
@@ -192,7 +192,7 @@ class _Runner:
 @contextmanager
 def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
     """The settings with a nameless file for undecided positions beside the output, where a trim needs one."""
-    if plan.rule.trim is not Trim.MAGNITUDE:
+    if not plan.rule.trim.by_magnitude:
         yield settings
         return
     import tempfile  # late: 5 ms
