@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import pytest
 
@@ -37,3 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     settings.load_profile("house")
+
+
+@pytest.fixture(scope="session")
+def fibers(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels for the processor; half a minute of compiling."""
+    from fibers import build, load
+
+    return load(build(tmp_path_factory.mktemp("shim")))

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cases import BF16, DATA, F16, F32, F64, METHODS, Case, Group, bits, expected, golden_cases
 from harness import assert_same_bits, place
+from interpreter import quick_interpreter
+from short_memory import ShortMemory
 from torch import Tensor
 
 from pymerge import merge_tensors
@@ -26,7 +28,7 @@ from pymerge.rule import Scope, ThresholdTies
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pymerge.backends import triton as backend  # noqa: E402
-from pymerge.backends import triton_tables  # noqa: E402
+from pymerge.backends import triton_memory, triton_tables  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
@@ -40,23 +42,8 @@ SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_interpreter() -> Iterator[None]:
-    """Spares the interpreter from patching triton's language anew at every call within a kernel."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patched = set()
-
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            interpreter._patch_lang(self.fn)
-        return self.rewrite()(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+def interpreted() -> Iterator[None]:
+    with quick_interpreter() if INTERPRETED else nullcontext():
         yield
 
 
@@ -330,21 +317,58 @@ def test_more_experts_than_the_kernels_hold_are_refused() -> None:
         merge_tensors(x, [x.clone() for _ in range(65)], backend="triton")
 
 
-def test_too_little_memory_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, _ = expected(simple("ties", LENGTH, 2))
-    out = torch.full((LENGTH,), 7.0, dtype=BF16, device=DEVICE)
+SHORT = {
+    "streamed": (simple("ties", LENGTH, 2), STREAM),
+    "streamed, all ties": (simple("ties", LENGTH, 2, ties=ThresholdTies.ALL), STREAM),
+    "a model": (simple("ties", LENGTH, 2, scope=Scope.MODEL, dtypes="bf16+f32"), STREAM),
+    "missed": (simple("ties", LENGTH, 2), dataclasses.replace(STREAM, bracket_bias=0.3)),
+    "exact": (simple("ties", 17_000, 2, data="atom"), dataclasses.replace(STREAM, one_pass_from=1 << 20)),
+    "small": (simple("ties", 800, 8), WIDE),
+    "rescaled": (simple("dare_ties", 150, 2, rescale=True), WIDE),
+    "plain": (simple("linear", 5000, 2), WIDE),
+}
 
-    def full(*args: object, **kwargs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.\nmore")
 
-    monkeypatch.setattr(backend, "Workspace", full)
-    assert group.bases is not None
-    bases = [x.to(DEVICE) for x in group.bases]
-    experts = [[x.to(DEVICE) for x in xs] for xs in group.experts]
-    with pytest.raises(BackendError, match="not enough memory for the merge's work space") as caught:
-        backend.merge_group(group.names, bases, experts, [out], group.rule, STREAM)
-    assert "\n" not in str(caught.value)
-    assert (out == 7).all()
+@pytest.mark.skipif(not INTERPRETED, reason="counts memory of the processor")
+@pytest.mark.parametrize(("case", "settings"), SHORT.values(), ids=SHORT)
+def test_too_little_memory_leaves_everything_as_it_was(case: Case, settings: backend.Settings) -> None:
+    """Whatever is refused, it is before the first result: so all that is needed was taken by then."""
+    group, merged = expected(case)
+    outs = [torch.full_like(x, 7.0) for x in merged]
+    inputs = [*(group.bases or []), *itertools.chain(*group.experts)]
+
+    def run(limit: int | None) -> ShortMemory:
+        memory = ShortMemory([*inputs, *outs], limit)
+        with memory:
+            backend.merge_group(group.names, group.bases, group.experts, outs, group.rule, settings)
+        return memory
+
+    peak = run(None).peak
+    assert_same_bits(group, outs, merged)
+    for x in outs:
+        x.fill_(7.0)
+    for limit in [peak - 1, *(peak * part // 8 for part in range(8))]:
+        with pytest.raises(BackendError, match="not enough memory for the merge's work space") as caught:
+            run(limit)
+        assert "\n" not in str(caught.value)
+        assert all((x == 7).all() for x in outs), f"of {peak} bytes, {limit} were allowed"
+    run(peak)
+    assert_same_bits(group, outs, merged)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="counts memory of the processor")
+@pytest.mark.parametrize("one_pass_from", [1 << 20, 8192])
+@pytest.mark.parametrize("case", [simple("ties", LENGTH, 3), simple("dare_ties", 150, 2, rescale=True)])
+def test_work_bytes_cover_what_a_merge_takes(
+    case: Case, one_pass_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_memory, "ONE_PASS_FROM", one_pass_from)
+    group, merged = expected(case)
+    outs = [torch.empty_like(x) for x in merged]
+    settings = backend.Settings(one_pass_from=one_pass_from)
+    with ShortMemory([*(group.bases or []), *itertools.chain(*group.experts), *outs]) as memory:
+        backend.merge_group(group.names, group.bases, group.experts, outs, group.rule, settings)
+    assert memory.peak <= triton_memory.work_bytes([x.numel() for x in outs], group.rule)
 
 
 def test_merge_tensors_takes_the_backend() -> None:
