@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BF16, DATA, F16, F32, F64, METHODS, Case, Group, bits, expected, golden_cases
-from harness import assert_same_bits, place
+from harness import assert_same_bits
 from interpreter import quick_interpreter
-from short_memory import ShortMemory
-from torch import Tensor
 
 from pymerge import merge_tensors
 from pymerge.backends import reference
@@ -27,16 +25,12 @@ from pymerge.rule import Scope, ThresholdTies
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
-from pymerge.backends import triton as backend  # noqa: E402
-from pymerge.backends import triton_memory, triton_tables  # noqa: E402
+from triton_harness import DEVICE, INTERPRETED, LENGTH, STREAM, check, run_triton, simple  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = DEVICE == "cpu"
+from pymerge.backends import triton as backend  # noqa: E402
+from pymerge.backends import triton_tables  # noqa: E402
+
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="takes minutes in the interpreter; needs a GPU")
-WIDE = backend.Settings(block=1 << 15)
-# Several whole pieces and a ragged one, streamed although small.
-STREAM = backend.Settings(block=1 << 13, one_pass_from=8192)
-LENGTH = 20_001
 COMBINATIONS = list(itertools.product(METHODS, ["bf16", "f16", "f32"], DATA))
 SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
 
@@ -45,63 +39,6 @@ SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
 def interpreted() -> Iterator[None]:
     with quick_interpreter() if INTERPRETED else nullcontext():
         yield
-
-
-def run_triton(
-    group: Group, settings: backend.Settings = WIDE, offset: int = 0
-) -> tuple[list[Tensor], backend.Report]:
-    """Merges a group on the device; every tensor lies `offset` bytes off alignment, and none is modified."""
-    assert group.cast is None
-    held: list[Tensor] = []
-
-    def on_device(x: Tensor) -> Tensor:
-        held.append(place(x, offset).to(DEVICE))
-        return held[-1][offset : offset + x.numel() * x.dtype.itemsize].view(x.dtype)
-
-    bases = None if group.bases is None else [on_device(x) for x in group.bases]
-    experts = [[on_device(x) for x in xs] for xs in group.experts]
-    before = [x.clone() for x in held]
-    inputs = len(held)
-    outs = [
-        on_device(torch.zeros(xs[0].numel(), dtype=dtype))
-        for xs, dtype in zip(group.experts, group.out_dtypes, strict=True)
-    ]
-    report = backend.merge_group(group.names, bases, experts, outs, group.rule, settings)
-    assert all(torch.equal(x, y) for x, y in zip(held[:inputs], before, strict=True)), "an input changed"
-    for room, out in zip(held[inputs:], outs, strict=True):
-        end = offset + out.numel() * out.dtype.itemsize
-        assert (room[:offset] == 0xA5).all(), "written before a start"
-        assert (room[end:] == 0xA5).all(), "written past an end"
-    return [out.cpu() for out in outs], report
-
-
-def check(case: Case, settings: backend.Settings = WIDE, offset: int = 0) -> backend.Report:
-    group, merged = expected(case)
-    actual, report = run_triton(group, settings, offset)
-    assert_same_bits(group, actual, merged)
-    return report
-
-
-def simple(method: str, size: int, k: int, **changes: Any) -> Case:
-    """A case of one tensor, in bf16, with mixed weights."""
-    case = Case(
-        method=method,
-        size=size,
-        k=k,
-        dtypes="bf16",
-        data="realistic",
-        density=0.3,
-        weights="mixed",
-        lambda_=0.7,
-        scope=Scope.TENSOR,
-        ties=ThresholdTies.FIRST,
-        normalize=METHODS[method][3],
-        rescale=False,
-        cast=None,
-        out=None,
-        seed=3,
-    )
-    return dataclasses.replace(case, **changes)
 
 
 def affordable(case: Case) -> bool:
@@ -151,6 +88,19 @@ def test_many_experts(method: str) -> None:
 )
 def test_the_one_pass(scope: Scope, data: str, ties: ThresholdTies) -> None:
     report = check(simple("ties", LENGTH, 2, scope=scope, data=data, ties=ties), STREAM)
+    assert report.streamed == 1
+
+
+@pytest.mark.parametrize("ties", ThresholdTies)
+@pytest.mark.parametrize("densities", [(0.0, 0.3), (1.0, 0.3), (1e-9, 0.0)])
+def test_the_one_pass_where_an_expert_keeps_nothing_or_all(
+    densities: tuple[float, ...], ties: ThresholdTies
+) -> None:
+    group, _ = expected(simple("ties", LENGTH, 2, ties=ties))
+    group = dataclasses.replace(group, rule=dataclasses.replace(group.rule, densities=densities))
+    merged = reference.merge_group(group.names, group.bases, group.experts, group.rule, group.out_dtypes)
+    actual, report = run_triton(group, STREAM)
+    assert_same_bits(group, actual, merged)
     assert report.streamed == 1
 
 
@@ -317,60 +267,6 @@ def test_more_experts_than_the_kernels_hold_are_refused() -> None:
         merge_tensors(x, [x.clone() for _ in range(65)], backend="triton")
 
 
-SHORT = {
-    "streamed": (simple("ties", LENGTH, 2), STREAM),
-    "streamed, all ties": (simple("ties", LENGTH, 2, ties=ThresholdTies.ALL), STREAM),
-    "a model": (simple("ties", LENGTH, 2, scope=Scope.MODEL, dtypes="bf16+f32"), STREAM),
-    "missed": (simple("ties", LENGTH, 2), dataclasses.replace(STREAM, bracket_bias=0.3)),
-    "exact": (simple("ties", 17_000, 2, data="atom"), dataclasses.replace(STREAM, one_pass_from=1 << 20)),
-    "small": (simple("ties", 800, 8), WIDE),
-    "rescaled": (simple("dare_ties", 150, 2, rescale=True), WIDE),
-    "plain": (simple("linear", 5000, 2), WIDE),
-}
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="counts memory of the processor")
-@pytest.mark.parametrize(("case", "settings"), SHORT.values(), ids=SHORT)
-def test_too_little_memory_leaves_everything_as_it_was(case: Case, settings: backend.Settings) -> None:
-    """Whatever is refused, it is before the first result: so all that is needed was taken by then."""
-    group, merged = expected(case)
-    outs = [torch.full_like(x, 7.0) for x in merged]
-    inputs = [*(group.bases or []), *itertools.chain(*group.experts)]
-
-    def run(limit: int | None) -> ShortMemory:
-        memory = ShortMemory([*inputs, *outs], limit)
-        with memory:
-            backend.merge_group(group.names, group.bases, group.experts, outs, group.rule, settings)
-        return memory
-
-    peak = run(None).peak
-    assert_same_bits(group, outs, merged)
-    for x in outs:
-        x.fill_(7.0)
-    for limit in [peak - 1, *(peak * part // 8 for part in range(8))]:
-        with pytest.raises(BackendError, match="not enough memory for the merge's work space") as caught:
-            run(limit)
-        assert "\n" not in str(caught.value)
-        assert all((x == 7).all() for x in outs), f"of {peak} bytes, {limit} were allowed"
-    run(peak)
-    assert_same_bits(group, outs, merged)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="counts memory of the processor")
-@pytest.mark.parametrize("one_pass_from", [1 << 20, 8192])
-@pytest.mark.parametrize("case", [simple("ties", LENGTH, 3), simple("dare_ties", 150, 2, rescale=True)])
-def test_work_bytes_cover_what_a_merge_takes(
-    case: Case, one_pass_from: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(triton_memory, "ONE_PASS_FROM", one_pass_from)
-    group, merged = expected(case)
-    outs = [torch.empty_like(x) for x in merged]
-    settings = backend.Settings(one_pass_from=one_pass_from)
-    with ShortMemory([*(group.bases or []), *itertools.chain(*group.experts), *outs]) as memory:
-        backend.merge_group(group.names, group.bases, group.experts, outs, group.rule, settings)
-    assert memory.peak <= triton_memory.work_bytes([x.numel() for x in outs], group.rule)
-
-
 def test_merge_tensors_takes_the_backend() -> None:
     group, merged = expected(simple("ties", 1025, 3, weights="unit", lambda_=1.0))
     assert group.bases is not None
@@ -389,7 +285,7 @@ def test_tensors_on_the_cpu_need_the_interpreter(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("itemsize", "experts", "per"), [(2, 1, 8), (2, 8, 8), (4, 8, 4), (2, 64, 1), (4, 32, 2)]
+    ("itemsize", "experts", "per"), [(2, 1, 8), (2, 8, 8), (4, 8, 4), (2, 64, 1), (4, 32, 1), (4, 24, 2)]
 )
 def test_a_thread_reads_16_bytes_while_registers_last(itemsize: int, experts: int, per: int) -> None:
     assert triton_tables.elements_per_thread(itemsize, experts) == per
