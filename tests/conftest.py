@@ -40,6 +40,16 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("house")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="2/8: the second of eight parts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes can share the tests, so that they compile kernels at the same time."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    items[:] = items[part - 1 :: parts]
+
+
 @pytest.fixture(scope="session")
 def fibers(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The CUDA kernels for the processor; half a minute of compiling."""

@@ -167,6 +167,7 @@ def test_shuffled_schedules_find_a_planted_missing_barrier(sanitized: Path) -> N
     assert done.returncode != 0, "kernels without a single barrier gave right results"
 
 
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.id)
 def test_golden_case_on_the_gpu(case: Case) -> None:
@@ -178,6 +179,7 @@ def test_golden_case_on_the_gpu(case: Case) -> None:
         assert_same_bits(group, actual, merged)
 
 
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("knobs", FORCED.values(), ids=FORCED)
 @pytest.mark.parametrize("case", STREAMED, ids=lambda case: case.id)

@@ -144,6 +144,7 @@ def test_the_ring_waits_for_the_device(family: Path, tmp_path: Path, kernels: Ke
 # -- on a GPU -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("merge", MERGES, ids=str)
 def test_files_from_the_gpu(merge: dict[str, Any], backend: str, family: Path, tmp_path: Path) -> None:

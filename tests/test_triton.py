@@ -30,6 +30,7 @@ from triton_harness import DEVICE, INTERPRETED, LENGTH, STREAM, check, run_trito
 from pymerge.backends import triton as backend  # noqa: E402
 from pymerge.backends import triton_tables  # noqa: E402
 
+pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="takes minutes in the interpreter; needs a GPU")
 COMBINATIONS = list(itertools.product(METHODS, ["bf16", "f16", "f32"], DATA))
 SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
@@ -56,7 +57,9 @@ def chosen_cases() -> list[Case]:
         cases.append(
             dataclasses.replace(case, dtypes=dtypes, cast=None, out=None if case.out is F64 else case.out)
         )
-    return [case for case in cases if affordable(case)][::8] if INTERPRETED else cases
+    if not INTERPRETED:
+        return [case for case in cases if case.k <= 17]  # more experts take half a minute to compile
+    return [case for case in cases if affordable(case)][::8]
 
 
 @pytest.mark.parametrize("case", chosen_cases(), ids=lambda case: case.id)
