@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -254,6 +255,8 @@ def main() -> int:
     if given.warm:
         warm(card, int(given.warm[0]), given.warm[1])
         return 0
+    # A time limit ends the process so; what was measured is still saved.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows: list[Row] = []
     machine = describe() | {"device": card.name()}
     try:
