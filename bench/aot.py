@@ -1,10 +1,10 @@
 """What the Triton kernels become on a GPU, found without one, by compiling ahead of time.
 
     python -m bench.aot            the table, for K = 2, 4, 8, 16, 32
+    python -m bench.aot --csv      the same, and written to bench/results/aot_triton.csv
     python -m bench.aot --json     the same, one JSON object per line
 
-`instructions` are those of the main loop, for each element and model, rare branches included. The
-disassemblers are those in triton's own package.
+The disassemblers are those in triton's own package.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.aot_table import RESULTS, Code, shown, version_line, write_csv
 from pymerge.backends.triton_tables import THREADS, elements_per_thread
 from pymerge.kernels import map as kernels
 from pymerge.kernels import select, stats
@@ -39,22 +40,6 @@ TARGETS = {
 POINTERS = {"numbers": "*fp32", "marks": "*u8", "tallies": "*i32", "owners": "*i32"}
 F64_SUMS = {"sums": "*fp64", "results": "*fp64"}
 ALIGNED = [["tt.divisibility", 16]]
-
-
-@dataclass(frozen=True)
-class Code:
-    """One kernel compiled for one target. `stack`: bytes of a thread that do not fit in its registers."""
-
-    kernel: str
-    type: str
-    experts: int
-    target: str
-    registers: int
-    stack: int
-    wide_loads: int
-    loads: int
-    wide_stores: int
-    instructions: float
 
 
 def build(function: Any, constants: Mapping[str, Any], target: str) -> Any:
@@ -199,6 +184,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--csv", action="store_true", help="write bench/results/aot_triton.csv as well")
     parser.add_argument("--kernel", nargs="+", default=["stream", "map_pieces"])
     parser.add_argument("--type", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--experts", nargs="+", type=int, default=list(EXPERTS))
@@ -211,18 +197,23 @@ def main() -> None:
                 build(function, constants, target)
                 print(f"{name}: {target}", flush=True)
         return
-    if not options.json:
-        print("kernel      type   K  target  registers  stack  16-byte loads  stores  instructions")
-    for code in table(options.kernel, options.type, options.experts, options.target):
-        if options.json:
+    codes = table(options.kernel, options.type, options.experts, options.target)
+    if options.json:
+        for code in codes:
             print(json.dumps(asdict(code)), flush=True)
-            continue
-        print(
-            f"{code.kernel:<11} {code.type:<4} {code.experts:>3}  {code.target:<6}  {code.registers:>9}"
-            f"  {code.stack:>5}  {code.wide_loads:>7} of {code.loads:<3}  {code.wide_stores:>6}"
-            f"  {code.instructions:>12}",
-            flush=True,
-        )
+    elif options.csv:
+        write_csv(RESULTS / "aot_triton.csv", shown(codes), tools())
+    else:
+        for _ in shown(codes):
+            pass
+
+
+def tools() -> dict[str, str]:
+    """Versions of what compiles: sm_100 has an assembler of its own."""
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    assemblers = {name: folder / name for name in ("ptxas", "ptxas-blackwell")}
+    versions = {name: version_line(str(path), "--version") for name, path in assemblers.items()}
+    return {"triton": triton.__version__, **versions}
 
 
 if __name__ == "__main__":

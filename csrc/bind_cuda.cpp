@@ -42,17 +42,29 @@ pm::cuda::Request make_request(const py::dict& d) {
   return r;
 }
 
-void merge(int dtype, const py::dict& given) {
-  const pm::cuda::Request request = make_request(given);
-  py::gil_scoped_release released;
+// Calls body with the element type of that number.
+template <class F>
+void with_type(int dtype, F&& body) {
   switch (pm::DType(dtype)) {
-    case pm::DType::bf16: return pm::cuda::merge<pm::BF16>(request);
+    case pm::DType::bf16: return body(pm::BF16{});
 #if !defined(PM_BF16_ONLY)  // sanitizers take minutes for each type
-    case pm::DType::f16: return pm::cuda::merge<pm::F16>(request);
-    case pm::DType::f32: return pm::cuda::merge<pm::F32>(request);
+    case pm::DType::f16: return body(pm::F16{});
+    case pm::DType::f32: return body(pm::F32{});
 #endif
     default: throw std::invalid_argument("no kernel for this element type");
   }
+}
+
+void merge(int dtype, const py::dict& given) {
+  const pm::cuda::Request request = make_request(given);
+  py::gil_scoped_release released;
+  with_type(dtype, [&]<class T>(T) { pm::cuda::merge<T>(request); });
+}
+
+void check(int dtype, const py::dict& given) {
+  const pm::cuda::Request request = make_request(given);
+  py::gil_scoped_release released;
+  with_type(dtype, [&]<class T>(T) { pm::cuda::check<T>(request); });
 }
 
 }  // namespace
@@ -60,6 +72,7 @@ void merge(int dtype, const py::dict& given) {
 PYBIND11_MODULE(PM_CUDA_MODULE, m) {
   m.doc() = "Device kernels; used through pymerge.backends.cuda.";
   m.def("merge", &merge);
+  m.def("check", &check);
   m.def("workspace_bytes",
         [](const py::dict& given) { return pm::cuda::workspace_bytes(make_request(given)); });
   m.attr("most_experts") = pm::cuda::kMaxExperts;
@@ -70,5 +83,6 @@ PYBIND11_MODULE(PM_CUDA_MODULE, m) {
 #else
   m.attr("on_device") = false;
   m.def("skip_barriers", [](bool skip) { fiber::machine.skip_barriers = skip; });
+  m.def("refuse_kernels", [](bool refuse) { fiber::machine.refuses = refuse; });
 #endif
 }

@@ -14,6 +14,7 @@ from pymerge.kernels.pieces import (
     store_block,
 )
 from pymerge.kernels.stages import (
+    NOTHING,
     agrees,
     combine_base,
     combine_mean,
@@ -146,6 +147,13 @@ def map_pieces(
 
 
 @triton.jit
+def lowered(threshold):
+    """A threshold as i32, less by one: its difference to a magnitude is negative where that is kept."""
+    # What keeps nothing must not wrap around to what keeps everything.
+    return tl.where(threshold == NOTHING, 0x7FFFFFFF, (threshold - 1).to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def count(mask, here, size, RAGGED: tl.constexpr, BLOCK: tl.constexpr, PER: tl.constexpr):
     """How many of each thread's PER elements have a mask of all ones."""
     if RAGGED:
@@ -193,12 +201,12 @@ def stream(
     experts, keep_at, open_at, above_at, kept, above = (), (), (), (), (), ()
     for k in tl.static_range(K):
         experts = experts + (element_at(addresses, tensor, k + 1, first, K, IN, RAGGED),)
-        keep_at = keep_at + ((cut_threshold(high, group, k, flat, K) - 1).to(tl.int32, bitcast=True),)
-        open_at = open_at + ((cut_threshold(low, group, k, flat, K) - 1).to(tl.int32, bitcast=True),)
+        keep_at = keep_at + (lowered(cut_threshold(high, group, k, flat, K)),)
+        open_at = open_at + (lowered(cut_threshold(low, group, k, flat, K)),)
         kept = kept + (tl.zeros((BLOCK // PER,), tl.int32),)
         if ALL:
             past = tl.load(high + (group * K + k) * 2 + 1)
-            above_at = above_at + ((cut_threshold(high, group, k, past, K) - 1).to(tl.int32, bitcast=True),)
+            above_at = above_at + (lowered(cut_threshold(high, group, k, past, K)),)
             above = above + (tl.zeros((BLOCK // PER,), tl.int32),)
     opened = tl.zeros((BLOCK // 8,), tl.int32)
     lambda_ = tl.load(numbers + K)

@@ -46,24 +46,26 @@ def merge(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     dtype: DType | str | None = None,
     progress: bool = False,
+    backend: str = "cpu",
 ) -> Summary:
     """Merge `recipe` into the new folder `out`, which appears complete or not at all.
 
     Arguments as in `plan`; `threads`: None uses every processor; `max_memory`: bytes (or text) for
-    buffers, None: 64 MiB and the tiles; `progress`: a bar on stderr when that is a terminal.
-    Raises PymergeError.
+    buffers, None: 64 MiB and the tiles; `progress`: a bar on stderr when that is a terminal;
+    `backend`: "cpu", or "cuda" or "triton" for a GPU, with the same bits. Raises PymergeError.
     """
     from pymerge.run.local import execute_plan
     from pymerge.run.progress import Bar
-    from pymerge.run.settings import settings_for
+    from pymerge.run.settings import settings_for, start_for
 
     planned = plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     settings = settings_for(planned, threads=threads, max_memory=memory)
+    start = start_for(backend, threads=threads, max_memory=memory)
     if not progress:
-        return execute_plan(planned, Path(out), settings)
+        return execute_plan(planned, Path(out), settings, start=start)
     with Bar(sys.stderr) as bar:
-        return execute_plan(planned, Path(out), settings, bar)
+        return execute_plan(planned, Path(out), settings, bar, start)
 
 
 def _draft(recipe: Recipe | Path | str) -> Draft:

@@ -153,7 +153,13 @@ def main() -> None:
 @click.argument("out", type=_PATH)
 @_shared
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-@click.option("--backend", type=click.Choice(["cpu"]), default="cpu", show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["cpu", "cuda", "triton"]),
+    default="cpu",
+    show_default=True,
+    help="Who merges; a GPU gives the same bits.",
+)
 @click.option("--tile", type=click.IntRange(64, LARGEST_TILE), hidden=True)
 @click.option("--isa", default="auto", hidden=True)
 def merge(
@@ -177,20 +183,22 @@ def merge(
     from pymerge.backends.native import Isa
     from pymerge.run.local import execute_plan
     from pymerge.run.progress import Bar, Silent
-    from pymerge.run.settings import settings_for
+    from pymerge.run.settings import settings_for, start_for
 
     known = {member.name.lower(): member for member in Isa}
     if isa not in known:
         raise click.UsageError(f"--isa {isa} is not known; known are {', '.join(known)}")
     planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
-    settings = settings_for(planned, threads=threads, max_memory=_size(max_memory), tile=tile, isa=known[isa])
+    memory = _size(max_memory)
+    settings = settings_for(planned, threads=threads, max_memory=memory, tile=tile, isa=known[isa])
+    start = start_for(backend, threads=threads, max_memory=memory)
     if not (quiet or as_json):
         _show_notes(planned)
     if quiet:
-        summary = execute_plan(planned, out, settings, Silent())
+        summary = execute_plan(planned, out, settings, Silent(), start)
     else:
         with Bar(sys.stderr) as bar:
-            summary = execute_plan(planned, out, settings, bar)
+            summary = execute_plan(planned, out, settings, bar, start)
     if as_json:
         _say(json.dumps(summary.as_dict(), indent=2))
     elif not quiet:

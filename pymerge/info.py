@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from pymerge.backends.native import cpu_features
+from pymerge.run.settings import missing_for
 from pymerge.version import NUMERICS_VERSION, VERSION
 
 
@@ -19,6 +20,10 @@ def gather() -> dict[str, Any]:
         "processor": platform.machine(),
         **cpu_features(),
         "backends": ["cpu", *_torch_backends()],
+        "merge --backend": [
+            "cpu",
+            *(f"{name} ({missing_for(name) or 'ready'})" for name in ("cuda", "triton")),
+        ],
     }
 
 

@@ -55,3 +55,8 @@ class Rule:
     scope: Scope = Scope.TENSOR
     seed: int = 0
     gammas: tuple[float, ...] = ()
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether there are kernels for GPUs that follow it."""
+        return self.trim is not Trim.OUTLIERS

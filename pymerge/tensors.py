@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar, cast
 
 from pymerge.backends.arrays import TORCH, Array, ArrayKind, dtype_of
+from pymerge.dtypes import DType
 from pymerge.errors import BackendError, ProblemList, RecipeError
 from pymerge.job import Region, TensorJob
 from pymerge.methods import method_named, rule_for
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     )
 
 
+# More, and float64, are left to the reference where nobody asks for a backend.
+MOST_EXPERTS = 64
 # The undecided positions of tensors in memory may take this part of the inputs' size (they need half of it).
 LIST_SHARE = 8
 
@@ -108,7 +111,11 @@ def merge_tensors(
         raise RecipeError(f"{row.name} works on task vectors, so it needs a base")
 
     operands = read_operands(base if rule.task_vector else None, members)
-    chosen = choose_backend(wanted, operands.device)
+    wide = dtype is DType.F64 or DType.F64 in operands.dtypes.values()
+    has_kernels = rule.has_kernels and not wide and len(members) <= MOST_EXPERTS
+    if wanted in (Backend.CUDA, Backend.TRITON) and not rule.has_kernels:
+        raise BackendError(f"the {wanted.value} backend has no kernels for {row.name}; the others have")
+    chosen = choose_backend(wanted, operands.device, has_kernels)
     stacks = stacked(operands, out, dtype)
     kind = operands.kind
     _RUNS[chosen]([stack for stack in stacks if operands.dtypes[stack.name].mergeable], rule, kind, workers)
@@ -119,13 +126,16 @@ def merge_tensors(
     return cast("Tensors", results if isinstance(operands.first.value, Mapping) else results[""])
 
 
-def choose_backend(wanted: Backend | None, device: str) -> Backend:
-    """The backend for tensors on `device`; BackendError if the wanted one does not take them."""
+def choose_backend(wanted: Backend | None, device: str, has_kernels: bool = True) -> Backend:
+    """The backend for tensors on `device`; BackendError if the wanted one does not take them.
+
+    `has_kernels`: whether the kernels for GPUs take the types and the number of experts.
+    """
     on_cpu = device == "cpu"
     if wanted is None:
         if on_cpu:
             return Backend.CPU
-        return _best_on(device)
+        return _best_on(device) if has_kernels else Backend.REFERENCE
     if wanted is Backend.CPU and not on_cpu:
         raise BackendError(f"the tensors lie on {device}; the cpu backend takes tensors on the CPU")
     if wanted is Backend.CUDA:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import ModuleType
 
 import pytest
 
@@ -37,3 +38,21 @@ def pytest_configure(config: pytest.Config) -> None:
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", help="2/8: the second of eight parts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Several processes can share the tests, so that they compile kernels at the same time."""
+    part, parts = map(int, config.getoption("--part").split("/"))
+    items[:] = items[part - 1 :: parts]
+
+
+@pytest.fixture(scope="session")
+def fibers(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels for the processor; half a minute of compiling."""
+    from fibers import build, load
+
+    return load(build(tmp_path_factory.mktemp("shim")))

@@ -75,6 +75,12 @@ def test_equal_magnitudes_lose_their_first_entries_as_outliers() -> None:
     assert kept.tolist() == [False, True, True, True, False, False]
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_backends_without_its_kernels_say_so(backend: str) -> None:
+    with pytest.raises(pymerge.PymergeError, match=f"the {backend} backend has no kernels for breadcrumbs"):
+        pymerge.merge_tensors(torch.zeros(4), [torch.ones(4)], method="breadcrumbs", backend=backend)
+
+
 def test_gamma_outside_its_range_is_refused() -> None:
     with pytest.raises(pymerge.PymergeError, match=r"gamma of expert 0 is 1\.5, which is outside 0 to 1"):
         pymerge.merge_tensors(torch.zeros(4), [torch.ones(4)], method="breadcrumbs", gamma=1.5)

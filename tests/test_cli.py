@@ -86,7 +86,7 @@ def test_hidden_settings_change_nothing(isa: str, tile: int, family: Path) -> No
         (("--max-memory", "lots"), "pymerge: 'lots' is not a size"),
         (("--max-memory", "1KB"), "pymerge: 1,000 bytes of memory are too little"),
         (("--threads", "0"), "Invalid value for '--threads'"),
-        (("--backend", "cuda"), "Invalid value for '--backend'"),
+        (("--backend", "tpu"), "Invalid value for '--backend'"),
     ],
 )
 def test_bad_options(arguments: tuple[str, ...], sentence: str, family: Path) -> None:
@@ -135,6 +135,19 @@ def test_methods_and_explain() -> None:
         assert (explained.exit_code, explained.stdout.startswith(f"{name}: ")) == (0, True)
     unknown = call("explain", "teis")
     assert (unknown.exit_code, "did you mean ties?" in unknown.stderr) == (2, True)
+
+
+def test_a_backend_that_is_not_there(family: Path) -> None:
+    """No card, no kernels or no torch: one sentence, whichever it is."""
+    found = json.loads(call("info", "--json").stdout)["merge --backend"]
+    assert found[0] == "cpu"
+    for entry in found[1:]:
+        name, state = entry.removesuffix(")").split(" (", 1)
+        if state != "ready":
+            done = call("merge", family / "recipe.yml", family / "out", "--backend", name)
+            assert done.exit_code == 2
+            assert state in done.stderr
+            assert not list(family.glob("out*"))
 
 
 def test_info() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -13,11 +15,14 @@ import pytest
 import torch
 from cases import Case, expected, golden_cases
 from device import SMALL_PARTS, has_kernels, run_device, seed_of
-from fibers import build, load
+from fibers import build
 from harness import assert_same_bits
+from short_memory import ShortMemory
+from torch import Tensor
 
 from pymerge.backends import cuda
 from pymerge.errors import BackendError
+from pymerge.rule import Scope
 
 MOST_ELEMENTS = 70_000  # fibers are slow
 CASES = [case for case in golden_cases() if case.size <= MOST_ELEMENTS and has_kernels(expected(case)[0])]
@@ -28,11 +33,6 @@ SCRIPT = Path(__file__).with_name("fiber_script.py")
 SANITIZERS = ["-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 on_gpu = pytest.mark.skipif(cuda.available() is not None, reason=str(cuda.available()))
-
-
-@pytest.fixture(scope="session")
-def fibers(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return load(build(tmp_path_factory.mktemp("shim")))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -58,6 +58,76 @@ def test_unknown_types_and_too_many_experts_are_refused(fibers: ModuleType) -> N
     many = dataclasses.replace(group.rule, weights=(1.0,) * 65, densities=(1.0,) * 65)
     with pytest.raises(BackendError, match="65 experts, but the cuda backend takes 64"):
         cuda.merge_tensors(["a"], [row], [row[0]], many, kernels=fibers, stream=0)
+
+
+MIXED = {"dtypes": "bf16+f32", "cast": None, "out": torch.float16}
+SHORT = {
+    "streamed": next(case for case in STREAMED if case.scope is Scope.TENSOR),
+    "several types": dataclasses.replace(STREAMED[0], **MIXED),
+    "random": next(case for case in CASES if case.method == "dare_ties" and case.size > 1000),
+}
+
+
+def buffers_of(case: Case) -> tuple[list[list[Tensor]], list[Tensor], list[Tensor]]:
+    """Inputs, results that hold sevens, and what they should become."""
+    group, merged = expected(case)
+    bases: list[list[Tensor]] = [[]] * len(merged) if group.bases is None else [[x] for x in group.bases]
+    rows = [[*base, *xs] for base, xs in zip(bases, group.experts, strict=True)]
+    rows = [[x.to(group.cast or x.dtype).contiguous() for x in row] for row in rows]
+    return rows, [torch.full_like(x, 7.0) for x in merged], merged
+
+
+@pytest.mark.parametrize("case", SHORT.values(), ids=SHORT)
+def test_too_little_memory_leaves_everything_as_it_was(case: Case, fibers: ModuleType) -> None:
+    """Whatever is refused, it is before the first result: so all that is needed was taken by then."""
+    group, _ = expected(case)
+    rows, outs, merged = buffers_of(case)
+
+    def run(limit: int | None) -> ShortMemory:
+        memory = ShortMemory([*itertools.chain(*rows), *outs], limit)
+        with memory:
+            merge = cuda.merge_tensors
+            merge(group.names, rows, outs, group.rule, knobs=SMALL_PARTS, kernels=fibers, stream=0)
+        return memory
+
+    peak = run(None).peak
+    assert_same_bits(group, outs, merged)
+    for x in outs:
+        x.fill_(7.0)
+    for limit in [peak - 1, *(peak * part // 8 for part in range(8))]:
+        with pytest.raises(BackendError, match="the device has too little memory for this merge") as caught:
+            run(limit)
+        assert "\n" not in str(caught.value)
+        assert all((x == 7).all() for x in outs), f"of {peak} bytes, {limit} were allowed"
+
+
+def test_work_bytes_cover_what_a_merge_takes(fibers: ModuleType) -> None:
+    for case in CASES[::7]:
+        group, _ = expected(case)
+        rows, outs, _ = buffers_of(case)
+        if len({x.dtype for row in rows for x in row} | {x.dtype for x in outs}) > 1:
+            continue
+        with ShortMemory([*itertools.chain(*rows), *outs]) as memory:
+            merge = cuda.merge_tensors
+            merge(group.names, rows, outs, group.rule, knobs=SMALL_PARTS, kernels=fibers, stream=0)
+        counts = [x.numel() for x in outs]
+        assert memory.peak <= cuda.work_bytes(counts, group.rule, knobs=SMALL_PARTS, kernels=fibers), case.id
+
+
+def test_a_device_that_refuses_kernels_leaves_everything_as_it_was(fibers: ModuleType) -> None:
+    case = dataclasses.replace(SHORT["streamed"], dtypes="bf16", cast=None, out=None)
+    group, merged = expected(case)
+    rows, outs, _ = buffers_of(case)
+    run = functools.partial(cuda.merge_tensors, group.names, rows, outs, group.rule, kernels=fibers, stream=0)
+    fibers.refuse_kernels(True)
+    try:
+        with pytest.raises(BackendError, match="cannot run on cpu: no kernel image is available"):
+            run()
+    finally:
+        fibers.refuse_kernels(False)
+    assert all((x == 7).all() for x in outs)
+    run()
+    assert_same_bits(group, outs, merged)
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +167,7 @@ def test_shuffled_schedules_find_a_planted_missing_barrier(sanitized: Path) -> N
     assert done.returncode != 0, "kernels without a single barrier gave right results"
 
 
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.id)
 def test_golden_case_on_the_gpu(case: Case) -> None:
@@ -108,6 +179,7 @@ def test_golden_case_on_the_gpu(case: Case) -> None:
         assert_same_bits(group, actual, merged)
 
 
+@pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("knobs", FORCED.values(), ids=FORCED)
 @pytest.mark.parametrize("case", STREAMED, ids=lambda case: case.id)

@@ -20,7 +20,7 @@ MOST_REGISTERS = 128  # two blocks of 256 threads share a processor's 65,536
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("kernel", "type_"), BUDGET)
 def test_machine_code_keeps_its_budget(kernel: str, type_: str, target: str) -> None:
-    code = compiled(kernel, type_, target)
+    code = compiled(kernel, type_, target).loop
     assert code.stack == 0, "registers spill"
     assert code.registers <= MOST_REGISTERS
     assert code.wide_loads == code.loads == AT_ONCE, "some loads in the loop are not of 16 bytes"

@@ -269,7 +269,7 @@ def test_an_interrupt_cancels_and_keeps_the_staging_folder(family: Path) -> None
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute_plan(planned(family), family / "out", Settings(), Impatient(), Endless)  # type: ignore[arg-type]
+        execute_plan(planned(family), family / "out", Settings(), Impatient(), Endless)
     assert (family / "out.partial").is_dir()
     assert not (family / "out").exists()
     workers = [thread for thread in threading.enumerate() if thread.name == "merge"]

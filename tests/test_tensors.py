@@ -223,3 +223,26 @@ def test_scope_model_needs_one_working_type() -> None:
     expert = {name: x + 1 for name, x in base.items()}
     with pytest.raises(BackendError, match=r"'b' is computed in float64, 'a' in float32"):
         merge_tensors(base, [expert], scope="model")
+
+
+def test_what_kernels_do_not_take_goes_to_the_reference_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float64 and more than 64 experts; a backend that was asked for by name says no instead."""
+    from pymerge import tensors
+
+    monkeypatch.setattr(tensors, "_best_on", lambda device: tensors.Backend.CUDA)
+    assert tensors.choose_backend(None, "cuda:0") is tensors.Backend.CUDA
+    assert tensors.choose_backend(None, "cuda:0", has_kernels=False) is tensors.Backend.REFERENCE
+    assert tensors.choose_backend(None, "cpu", has_kernels=False) is tensors.Backend.CPU
+    asked: list[bool] = []
+
+    def note(wanted: object, device: str, has_kernels: bool) -> tensors.Backend:
+        asked.append(has_kernels)
+        return tensors.Backend.REFERENCE
+
+    monkeypatch.setattr(tensors, "choose_backend", note)
+    x = torch.ones(3)
+    merge_tensors(x, [x])
+    merge_tensors(x, [x], out_dtype="float64")
+    merge_tensors(x.double(), [x])
+    merge_tensors(x, [x] * 65)
+    assert asked == [True, False, False, False]

@@ -65,6 +65,20 @@ def test_machine_code(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("type_", "target"), [("bf16", "sm_90"), ("f32", "sm_100")])
+def test_32_experts_spill_nothing(type_: str, target: str) -> None:
+    run = aot("--json", "--kernel", "stream", "--experts", "32", "--type", type_, "--target", target)
+    assert json.loads(run)["stack"] == 0
+
+
+@pytest.mark.slow
+def test_the_most_experts_compile() -> None:
+    """Their values do not fit in registers any more, but they run."""
+    run = aot("--json", "--kernel", "stream", "--experts", "64", "--type", "bf16", "--target", "sm_90")
+    assert json.loads(run)["experts"] == 64
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_every_kernel_compiles(target: str) -> None:
     """The interpreter takes much that the compiler refuses."""

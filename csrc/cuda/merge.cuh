@@ -14,11 +14,16 @@ constexpr int kBlocksPerProcessor = 8;
 template <class T>
 class GroupMerge {
  public:
-  explicit GroupMerge(const Request& request)
-      : r_(request), group_(request.group), stream_(request.stream), rule_(rule_of(request)) {
+  // `only_check`: nothing is started, but every kernel that would be is checked.
+  GroupMerge(const Request& request, bool only_check)
+      : r_(request),
+        group_(request.group),
+        stream_(request.stream),
+        rule_(rule_of(request)),
+        only_check_(only_check) {
     int64_t bytes, control;
     state_ = carve(request, &bytes, &control);
-    clear(stream_, request.workspace, size_t(control));
+    if (!only_check) clear(stream_, request.workspace, size_t(control));
     most_blocks_ = processors() * kBlocksPerProcessor;
   }
 
@@ -30,8 +35,8 @@ class GroupMerge {
       return map(Collect::no, r_.trim == Trim::magnitude && all_kept() ? Trim::none : r_.trim, nullptr);
     }
     if (r_.own_cuts) {
-      launch(stream_, dim3(unsigned(group_.tensors), unsigned(group_.experts)), kThreads, find_small_cuts<T>,
-             group_, rule_, state_);
+      start(dim3(unsigned(group_.tensors), unsigned(group_.experts)), kThreads, find_small_cuts<T>, group_,
+            rule_, state_);
     } else if (r_.rescale || group_.size < 4 * r_.samples) {
       search_exactly(true);
     } else {
@@ -42,6 +47,13 @@ class GroupMerge {
   }
 
  private:
+  template <class... P, class... A>
+  void start(dim3 blocks, int threads, void (*kernel)(P...), A... args) const {
+    if (only_check_)
+      require(threads, kernel);
+    else
+      launch(stream_, blocks, threads, kernel, args...);
+  }
   bool any_searched() const {
     for (double density : r_.density)
       if (density < 1) return true;
@@ -52,16 +64,16 @@ class GroupMerge {
     return dim3(unsigned(wanted < most_blocks_ ? wanted : most_blocks_), unsigned(rows));
   }
   BracketCall bracket() const { return {group_, rule_, state_, r_.sigmas, r_.bias}; }
-  void each_expert(void (*step)(BracketCall)) { launch(stream_, dim3(1), group_.experts, step, bracket()); }
+  void each_expert(void (*step)(BracketCall)) { start(dim3(1), group_.experts, step, bracket()); }
 
   // Reads every input once: sample, stream in rounds with an ever closer bracket, select, fix up.
   void stream_once() {
     const FromSample sample{state_, group_.size, group_.size / (state_.samples / FromSample::kCluster)};
-    launch(stream_, dim3(unsigned((state_.samples + kThreads - 1) / kThreads)), kThreads, sample_keys<T>,
-           group_, sample);
+    start(dim3(unsigned((state_.samples + kThreads - 1) / kThreads)), kThreads, sample_keys<T>, group_,
+          sample);
     each_expert(aim_middle);
     find(sample);
-    launch(stream_, dim3(unsigned(group_.experts)), kThreads, aim_ends, bracket(), sample);
+    start(dim3(unsigned(group_.experts)), kThreads, aim_ends, bracket(), sample);
     find(sample);
     each_expert(open_bracket);
     const Rounds rounds = Rounds::scattered_first(group_.pieces, kGrowth);
@@ -80,7 +92,7 @@ class GroupMerge {
   }
 
   void search_exactly(bool always) {
-    launch(stream_, dim3(1), group_.experts, aim_exactly, bracket(), always);
+    start(dim3(1), group_.experts, aim_exactly, bracket(), always);
     find(FromInputs<T>{group_});
     each_expert(settle_cuts);
   }
@@ -89,8 +101,8 @@ class GroupMerge {
   void find(const Source& source) {
     const int passes = kMagnitudePasses + (r_.all_ties ? 0 : index_passes(group_.size));
     for (int pass = 0; pass < passes; ++pass)
-      launch(stream_, blocks(search_blocks(source), 2 * group_.experts), kThreads, narrow_searches<Source>,
-             source, state_, r_.all_ties);
+      start(blocks(search_blocks(source), 2 * group_.experts), kThreads, narrow_searches<Source>, source,
+            state_, r_.all_ties);
   }
   int64_t search_blocks(const FromSample&) const { return 8; }
   int64_t search_blocks(const FromList&) const { return most_blocks_ / group_.experts + 1; }
@@ -99,10 +111,9 @@ class GroupMerge {
   void rescale(bool random) {
     scaled_ = true;
     const RescaleCall call{group_, rule_, state_, random, r_.own_cuts};
-    launch(stream_,
-           dim3(unsigned((group_.blocks + kBlocksAtOnce - 1) / kBlocksAtOnce), unsigned(group_.experts)),
-           kThreads, sum_masses<T>, call);
-    launch(stream_, dim3(unsigned(group_.tensors)), group_.experts, set_scales, call);
+    start(dim3(unsigned((group_.blocks + kBlocksAtOnce - 1) / kBlocksAtOnce), unsigned(group_.experts)),
+          kThreads, sum_masses<T>, call);
+    start(dim3(unsigned(group_.tensors)), group_.experts, set_scales, call);
   }
 
   bool unit() const {
@@ -118,7 +129,7 @@ class GroupMerge {
   void map(Collect collect, Trim trim, const int* only_if, const Rounds* rounds = nullptr, int round = 0) {
     const Rounds in_order = Rounds::in_order(group_.pieces);
     const MapCall call = this->call(only_if, rounds ? *rounds : in_order, round);
-    launch(stream_, blocks(call.rounds.places(round)), kThreads, kernel(collect, trim), call);
+    start(blocks(call.rounds.places(round)), kThreads, kernel(collect, trim), call);
   }
 
   using Kernel = void (*)(MapCall);
@@ -144,9 +155,9 @@ class GroupMerge {
     const MapCall call = this->call(nullptr, Rounds::in_order(group_.pieces), 0);
     const dim3 grid = blocks(most_blocks_ / group_.experts + 1, group_.experts);
     if (unit())
-      launch(stream_, grid, kThreads, fix_up<Shape<T, true, Trim::magnitude, true, true>>, call);
+      start(grid, kThreads, fix_up<Shape<T, true, Trim::magnitude, true, true>>, call);
     else
-      launch(stream_, grid, kThreads, fix_up<Shape<T, true, Trim::magnitude, true, false>>, call);
+      start(grid, kThreads, fix_up<Shape<T, true, Trim::magnitude, true, false>>, call);
   }
 
   const Request& r_;
@@ -154,13 +165,19 @@ class GroupMerge {
   const Stream stream_;
   const Rule rule_;
   State state_;
+  const bool only_check_;
   int64_t most_blocks_;
   bool scaled_ = false;  // the factors are known
 };
 
 template <class T>
 void merge(const Request& request) {
-  GroupMerge<T>(request).run();
+  GroupMerge<T>(request, false).run();
+}
+
+template <class T>
+void check(const Request& request) {
+  GroupMerge<T>(request, true).run();
 }
 
 }  // namespace pm::cuda

@@ -27,4 +27,8 @@ int64_t workspace_bytes(const Request& request);
 template <class T>
 void merge(const Request& request);
 
+// Throws std::runtime_error if the device cannot run some kernel that `merge` would start. Starts nothing.
+template <class T>
+void check(const Request& request);
+
 }  // namespace pm::cuda

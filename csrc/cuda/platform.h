@@ -30,6 +30,14 @@ void launch(Stream stream, dim3 blocks, int threads, void (*kernel)(P...), A... 
   check(cudaGetLastError(), "a kernel could not be started");
 }
 
+// Fails where the device cannot run a kernel: no machine code for it, or not enough registers.
+template <class... P>
+void require(int threads, void (*kernel)(P...)) {
+  cudaFuncAttributes found{};
+  check(cudaFuncGetAttributes(&found, kernel), "a kernel is not there for this device");
+  if (found.maxThreadsPerBlock < threads) throw std::runtime_error("a kernel needs a larger device");
+}
+
 inline void clear(Stream stream, void* to, size_t bytes) {
   check(cudaMemsetAsync(to, 0, bytes, stream), "device memory could not be cleared");
 }
@@ -50,6 +58,11 @@ __device__ inline void store_line(void* to, uint4 line) { __stcs(static_cast<uin
 template <class... P, class... A>
 void launch(Stream stream, dim3 blocks, int threads, void (*kernel)(P...), A... args) {
   fiber::run(stream, blocks, threads, [&] { kernel(args...); });
+}
+
+template <class... P>
+void require(int, void (*)(P...)) {
+  fiber::require();
 }
 
 inline void clear(Stream, void* to, size_t bytes) { memset(to, 0, bytes); }

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.philox import tensor_key
-from pymerge.dtypes import BY_TORCH_NAME, DType
 from pymerge.errors import BackendError
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
@@ -65,6 +64,11 @@ class Batch:
     table: Tensor = field(init=False)
     request: dict[str, object] = field(init=False)
 
+    @property
+    def code(self) -> int:
+        """The number that the kernels know the element type by."""
+        return KERNEL_DTYPES.index(self.jobs[0].out.dtype)
+
 
 def load_kernels() -> ModuleType:
     """The compiled kernels; BackendError with what is missing where they were not built."""
@@ -112,23 +116,44 @@ def merge_tensors(
             _describe(batch, rule, chosen, module)
         needed = max((module.workspace_bytes(batch.request) for batch in batches), default=0)
         workspace = torch.empty(needed + LINE, dtype=torch.uint8, device=device)
+        longest = max((job.count for job, out in converted if job.out is not out), default=0)
+        mask = torch.empty(longest, dtype=torch.bool, device=device)
     except torch.OutOfMemoryError as error:
-        raise BackendError(f"the device has too little memory for this merge: {error}") from None
+        said = str(error).split("\n")[0]
+        raise BackendError(f"the device has too little memory for this merge: {said}") from None
     start = -workspace.data_ptr() % LINE + workspace.data_ptr()
     queue = torch.cuda.current_stream(device).cuda_stream if stream is None else stream
-    for batch in batches:
-        dtype = BY_TORCH_NAME[str(batch.jobs[0].out.dtype).removeprefix("torch.")]
-        try:
-            module.merge(_code(dtype), batch.request | {"workspace": start, "stream": queue})
-        except RuntimeError as error:  # the device refuses the kernels: nothing has run
-            raise BackendError(f"the cuda backend cannot run on {device}: {error}") from None
+    requests = [batch.request | {"workspace": start, "stream": queue} for batch in batches]
+    try:
+        for batch, request in zip(batches, requests, strict=True):
+            module.check(batch.code, request)
+    except RuntimeError as error:  # nothing has run
+        raise BackendError(f"the cuda backend cannot run on {device}: {error}") from None
+    try:
+        for batch, request in zip(batches, requests, strict=True):
+            module.merge(batch.code, request)
+    except RuntimeError as error:  # the device has failed since the check
+        raise BackendError(f"{device} failed, and results may be half written: {error}") from None
     for job, out in converted:
-        if job.out is not out:
-            out.copy_(job.out).masked_fill_(out.isnan(), float("nan"))  # one NaN, not whichever
+        if job.out is not out:  # one NaN, not whichever
+            flat, nan = job.out.view(-1), mask[: job.count]
+            torch.ne(flat, flat, out=nan)
+            out.view(-1).copy_(flat).masked_fill_(nan, float("nan"))
 
 
-def _code(dtype: DType) -> int:
-    return (DType.BF16, DType.F16, DType.F32).index(dtype)
+def work_bytes(
+    sizes: Sequence[int], rule: Rule, *, knobs: Knobs | None = None, kernels: ModuleType | None = None
+) -> int:
+    """Device memory that `merge_tensors` takes beside tensors of these sizes, if all have one type."""
+    module, chosen = kernels or load_kernels(), knobs or Knobs()
+    groups = [(list(sizes), False)]
+    if rule.scope is not Scope.MODEL and rule.trim is Trim.MAGNITUDE:
+        groups = [([size], False) for size in sizes if size > chosen.small]
+        groups.append(([size for size in sizes if size <= chosen.small], True))
+    requests = [_request(group, own, rule, chosen, module) for group, own in groups if group]
+    tables: int = LINE * len(groups) + 8 * len(sizes) * (module.columns + len(rule.weights))
+    needed = [int(module.workspace_bytes(request)) for request in requests]
+    return LINE + tables + max(needed, default=0)
 
 
 def _jobs(
@@ -187,16 +212,25 @@ def _describe(batch: Batch, rule: Rule, knobs: Knobs, module: ModuleType) -> Non
         pieces += -(-job.count // knobs.piece)
         blocks += -(-job.count // module.reduce_block)
     batch.table = torch.tensor(rows, dtype=torch.int64).to(batch.jobs[0].out.device)
-    batch.request = _rule(rule) | {
-        "table": batch.table.data_ptr(),
-        "tensors": len(rows),
-        "size": origin,
+    counts = [job.count for job in batch.jobs]
+    batch.request = _request(counts, batch.own_cuts, rule, knobs, module) | {"table": batch.table.data_ptr()}
+
+
+def _request(
+    counts: Sequence[int], own_cuts: bool, rule: Rule, knobs: Knobs, module: ModuleType
+) -> dict[str, object]:
+    """What kernels are told of tensors of these sizes, but for where they lie."""
+    size = sum(counts)
+    return _rule(rule) | {
+        "table": 0,
+        "tensors": len(counts),
+        "size": size,
         "piece": knobs.piece,
-        "pieces": pieces,
-        "blocks": blocks,
-        "own_cuts": batch.own_cuts,
+        "pieces": sum(-(-count // knobs.piece) for count in counts),
+        "blocks": sum(-(-count // module.reduce_block) for count in counts),
+        "own_cuts": own_cuts,
         "samples": knobs.samples,
-        "capacity": _capacity(origin) if knobs.capacity is None else knobs.capacity,
+        "capacity": _capacity(size) if knobs.capacity is None else knobs.capacity,
         "sigmas": knobs.sigmas,
         "bias": knobs.bias,
         "workspace": 0,

@@ -75,7 +75,7 @@ class Report:
     """What a run did. `fallbacks`: groups that took the exact two-pass route.
 
     `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was
-    searched.
+    searched. `on_cpu`: tensors of floats that a backend on a device has left to this one.
     """
 
     bytes_read: int
@@ -85,6 +85,7 @@ class Report:
     fallbacks: int
     nan_outputs: int
     thresholds: tuple[tuple[Threshold, ...], ...]
+    on_cpu: int = 0
 
 
 def available_isas() -> list[Isa]:

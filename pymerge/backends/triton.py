@@ -17,6 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pymerge.backends.triton_memory import (
+    BLOCK,
+    MOST_SEARCHES,
+    ONE_PASS_FROM,
+    SIGMAS,
+    SMALL,
+    Extent,
+    OnePass,
+    reserve,
+)
 from pymerge.backends.triton_search import (
     ALL_INDICES,
     EXACT,
@@ -27,21 +37,25 @@ from pymerge.backends.triton_search import (
     Workspace,
     cuts_like,
     sample_bracket,
-    sample_sizes,
     search,
 )
 from pymerge.backends.triton_sums import Masses
-from pymerge.backends.triton_tables import KINDS, THREADS, TYPES, Integers, Member, Wave, elements_per_thread
+from pymerge.backends.triton_tables import (
+    KINDS,
+    THREADS,
+    TYPES,
+    Integers,
+    Member,
+    Wave,
+    elements_per_thread,
+    prepared,
+)
 from pymerge.errors import BackendError
 from pymerge.kernels import map as kernels
 from pymerge.kernels import select, stats
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
 MOST_EXPERTS = 64
-# Tensors whose cuts one program finds, held in its registers.
-SMALL = 16384
-# Searches (groups times experts) of one wave: the tables of digits take 16 KiB each.
-MOST_SEARCHES = 2048
 
 
 @dataclass(frozen=True)
@@ -55,10 +69,10 @@ class Settings:
     """
 
     block: int | None = None
-    sigmas: float = 4.0
+    sigmas: float = SIGMAS
     bracket_bias: float = 0.0
     capacity: int | None = None
-    one_pass_from: int = 1 << 20
+    one_pass_from: int = ONE_PASS_FROM
 
 
 @dataclass
@@ -102,38 +116,13 @@ def merge_group(
         raise BackendError(f"the device has not enough memory for the merge's work space: {found}") from None
 
 
-def prepared(name: str, base: Tensor | None, experts: Sequence[Tensor], out: Tensor) -> Member:
-    """The tensor as kernels take it: flat, its inputs of one type (mixed ones become f32, which is exact)."""
-    inputs = [*experts, *([] if base is None else [base])]
-    for x in (*inputs, out):
-        if x.dtype not in KINDS:
-            raise BackendError(
-                f"tensor {name!r}: the triton backend computes in float32 and takes no {x.dtype};"
-                " expected bfloat16, float16 or float32"
-            )
-    if len({x.dtype for x in inputs}) > 1:
-        inputs = [x.float() for x in inputs]
-    flat = [x.reshape(-1) for x in inputs]
-    return Member(name, None if base is None else flat.pop(), flat, out.view(-1))
-
-
-class OnePass:
-    """A wave that is streamed: its room for rows, and in the end its verdict."""
-
-    def __init__(self, wave: Wave, settings: Settings) -> None:
-        self.wave = wave
-        samples = sample_sizes(wave.group_sizes)
-        # Twice the undecided that a bracket of this sample leaves, at densities where it is widest.
-        expected = wave.experts * wave.group_sizes * (1.25 * settings.sigmas) / np.sqrt(samples)
-        room = np.minimum(wave.group_sizes, 2 * expected.astype(np.int64) + 1024)
-        if settings.capacity is not None:
-            room = np.full_like(room, settings.capacity)
-        self.samples, self.room = samples, (room + 15) // 16 * 16
-        self.bad: Tensor | None = None
-
-    @property
-    def rows(self) -> int:
-        return int(max(self.samples.sum(), self.room.sum()))
+def merge_tensors(
+    names: Sequence[str], inputs: Sequence[Sequence[Tensor]], outs: Sequence[Tensor], rule: Rule
+) -> Report:
+    """`merge_group` for inputs that have the base first where the rule has one."""
+    bases = [row[0] for row in inputs] if rule.task_vector else None
+    experts = [row[1:] if rule.task_vector else row for row in inputs]
+    return merge_group(names, bases, experts, outs, rule)
 
 
 class Merge:
@@ -164,6 +153,14 @@ class Merge:
         every = [*self.plain, *self.small, *searched]
         self.masses = {id(wave): Masses(wave, self.trim) for wave in every} if needs_sums else {}
         self.unit = all(w == 1 for w in rule.weights) and not needs_sums
+        extents = [Extent.of(wave) for wave in (*self.plain, *self.small, *self.exact)]
+        extents += [one.extent for one in self.streamed]
+        # The verdicts and cuts of waves that missed live beside another wave's tables.
+        reserve(
+            max(extent.passing(self.experts) for extent in extents)
+            + sum(8 * extent.groups * (2 * self.experts + 2) for extent in extents),
+            members[0].out.device,
+        )
 
     def _plan(self, members: list[Member], magnitude: bool) -> None:
         rule = self.rule
@@ -186,11 +183,11 @@ class Merge:
                 self._search(self._wave(part, np.arange(len(part))), part[0].size)
 
     def _wave(self, members: list[Member], groups: Integers) -> Wave:
-        return Wave(members, groups, self.rule, self.settings.block or 1024)
+        return Wave(members, groups, self.rule, self.settings.block or BLOCK)
 
     def _search(self, wave: Wave, size: int) -> None:
         if size >= self.settings.one_pass_from:
-            self.streamed.append(OnePass(wave, self.settings))
+            self.streamed.append(OnePass(wave, self.settings.sigmas, self.settings.capacity))
         else:
             self.exact.append(wave)
 

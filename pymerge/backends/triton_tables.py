@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pymerge.backends.philox import keep_below, tensor_key
+from pymerge.errors import BackendError
 from pymerge.rule import Rule
 
 # The element types that kernels know; a kind is a place in this list.
@@ -35,7 +36,8 @@ def elements_per_thread(itemsize: int, experts: int) -> int:
     per = 16 // itemsize
     while per > 1 and per * experts > 64:
         per //= 2
-    return per
+    # On sm_100 two f32 of each of 32 experts spill 104 bytes, and one none.
+    return 1 if itemsize == 4 and experts > 24 else per
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,21 @@ class Member:
     def addresses(self) -> list[int]:
         base = 0 if self.base is None else int(self.base.data_ptr())
         return [base, *(x.data_ptr() for x in self.experts), self.out.data_ptr()]
+
+
+def prepared(name: str, base: Tensor | None, experts: Sequence[Tensor], out: Tensor) -> Member:
+    """The tensor as kernels take it: flat, its inputs of one type (mixed ones become f32, which is exact)."""
+    inputs = [*experts, *([] if base is None else [base])]
+    for x in (*inputs, out):
+        if x.dtype not in KINDS:
+            raise BackendError(
+                f"tensor {name!r}: the triton backend computes in float32 and takes no {x.dtype};"
+                " expected bfloat16, float16 or float32"
+            )
+    if len({x.dtype for x in inputs}) > 1:
+        inputs = [x.float() for x in inputs]
+    flat = [x.reshape(-1) for x in inputs]
+    return Member(name, None if base is None else flat.pop(), flat, out.view(-1))
 
 
 @dataclass(frozen=True)

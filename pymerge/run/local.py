@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
 from pymerge.checkpoint.durable import writing
@@ -27,13 +27,32 @@ from pymerge.run.hasher import ShardHasher
 from pymerge.run.progress import Progress, Silent
 from pymerge.run.results import Summary, manifest, side_files
 
-Start: TypeAlias = Callable[[Sequence[TensorJob], Scope, Sequence[OpenFile], Settings], NativeRun]
+
+class Run(Protocol):
+    """One run over a list of jobs; `execute` blocks, the others are called from another thread meanwhile."""
+
+    def execute(self) -> Report:
+        """Merges every job."""
+
+    @property
+    def bytes_done(self) -> int:
+        """Input bytes read so far."""
+
+    @property
+    def finished(self) -> int:
+        """How many of the leading jobs have their final output."""
+
+    def cancel(self) -> None:
+        """Makes `execute` raise Cancelled soon."""
+
+
+Start: TypeAlias = Callable[[Sequence[TensorJob], Scope, Sequence[OpenFile], Settings], Run]
 
 POLL_SECONDS = 0.02
 FIRST_POLL_SECONDS = 0.0005  # doubled each time: a tiny shard must not cost a whole poll
 SETTLE_SECONDS = 0.01
 # What a done record keeps of a report, so that a resumed run can tell the whole.
-COUNTS = ("undecided", "fallbacks", "nan_outputs")
+COUNTS = ("undecided", "fallbacks", "nan_outputs", "on_cpu")
 
 
 def execute_plan(
@@ -139,6 +158,7 @@ class _Runner:
             undecided=self.counts["undecided"],
             fallbacks=self.counts["fallbacks"],
             nan_outputs=self.counts["nan_outputs"],
+            on_cpu=self.counts["on_cpu"],
             notes=plan.notes,
         )
 
@@ -154,7 +174,7 @@ class _Runner:
         self.progress.update(self.done_bytes)
         return report
 
-    def _watch(self, run: NativeRun, hasher: ShardHasher | None) -> Report:
+    def _watch(self, run: Run, hasher: ShardHasher | None) -> Report:
         """Execute in a thread of its own, so that this one shows progress and hears Ctrl-C."""
         worker = _Worker(run)
         worker.thread.start()
@@ -206,13 +226,13 @@ def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
 class _Worker:
     """Runs the core in a thread; they share plain attributes only: a signal may break into a lock's wait."""
 
-    def __init__(self, run: NativeRun) -> None:
+    def __init__(self, run: Run) -> None:
         self.thread = threading.Thread(target=self._execute, args=(run,), name="merge", daemon=True)
         self.ended = False
         self._report: Report | None = None
         self._error: BaseException | None = None
 
-    def _execute(self, run: NativeRun) -> None:
+    def _execute(self, run: Run) -> None:
         try:
             self._report = run.execute()
         except BaseException as error:

@@ -22,6 +22,7 @@ class Summary:
     `peak_memory`: the largest resident set of this process so far, in bytes. `undecided`: elements that were
     written twice because their threshold was not yet known. `fallbacks`: groups that took the exact
     two-pass route. `shards_resumed`: shards taken over from an interrupted run, which were not read again.
+    `on_cpu`: tensors of floats that a backend on a device has left to the CPU.
     """
 
     out: str
@@ -39,6 +40,7 @@ class Summary:
     undecided: int
     fallbacks: int
     nan_outputs: int
+    on_cpu: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -57,6 +59,11 @@ class Summary:
         ]
         if self.shards_resumed:
             lines.append(f"resumed: {self.shards_resumed:,} of {self.shards:,} files were finished already")
+        if self.on_cpu:
+            lines.append(
+                f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64"
+                " or too large for the device's memory"
+            )
         if self.nan_outputs:
             lines.append(f"warning: {self.nan_outputs:,} elements of the result are NaN")
         return "\n".join(lines)

@@ -1,15 +1,19 @@
-"""From what the user may choose, and what the machine has, to the compiled core's settings."""
+"""From what the user may choose, and what the machine has, to who merges and with what settings."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
-from pymerge.backends.native import Isa, Settings
+from pymerge.backends.native import Isa, NativeRun, Settings
+from pymerge.errors import BackendError
 from pymerge.plan_memory import budget
 from pymerge.planner import Plan
+from pymerge.run.local import Start
 
+BACKENDS = ("cpu", "cuda", "triton")
 # The limits of a container, under the second and the first version of control groups.
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -28,6 +32,35 @@ def settings_for(
         shares = budget(plan, threads, max_memory)
         settings = replace(settings, tile=shares.tile, memory=shares.lists)
     return settings if tile is None else replace(settings, tile=tile)
+
+
+def start_for(backend: str, *, threads: int | None = None, max_memory: int | None = None) -> Start:
+    """What makes the runs of a backend; BackendError where it is unknown or cannot run here."""
+    if backend not in BACKENDS:
+        raise BackendError(f"backend {backend!r} does not merge checkpoints; {', '.join(BACKENDS)} do")
+    if backend == "cpu":
+        return NativeRun
+    missing = missing_for(backend)
+    if missing is not None:
+        raise BackendError(missing)
+    from pymerge.run.on_device import start_on  # needs torch
+
+    return start_on(backend, max_memory, threads)
+
+
+def missing_for(backend: str) -> str | None:
+    """What keeps backend "cuda" or "triton" from merging checkpoints here; None: nothing."""
+    extra = "triton" if backend == "triton" else "torch"
+    if find_spec("torch") is None or find_spec(extra) is None:
+        needed = "torch and triton" if backend == "triton" else "torch"
+        return f"the {backend} backend needs {needed}; install pymerge-kernels[{extra}]"
+    if backend == "cuda":
+        from pymerge.backends import cuda
+
+        return cuda.available()
+    import torch
+
+    return None if torch.cuda.is_available() else "the triton backend needs a GPU that torch can use"
 
 
 def _is_larger_than_cache(plan: Plan) -> bool:

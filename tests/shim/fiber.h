@@ -14,6 +14,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #define __global__
@@ -69,9 +70,14 @@ struct Machine {
   size_t current = 0;
   ucontext_t scheduler;
   std::function<void()> body;
+  bool refuses = false;        // as a device does that has no machine code for a kernel
   bool skip_barriers = false;  // plants the bug of a missing __syncthreads, to show that tests find it
 };
 inline Machine machine;
+
+inline void require() {
+  if (machine.refuses) throw std::runtime_error("no kernel image is available");
+}
 
 inline void stop(const char* what) {
   std::fprintf(stderr, "fiber: %s in block %u of thread %zu\n", what, machine.block.x, machine.current);
