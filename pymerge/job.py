@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pymerge.dtypes import DType
 from pymerge.rule import Rule
@@ -10,8 +11,7 @@ from pymerge.rule import Rule
 IN_MEMORY = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
+class Region(NamedTuple):
     """Contiguous elements: `start` is a byte offset in file number `file`, or an address (IN_MEMORY)."""
 
     dtype: DType

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Checkpoint, TensorRef
@@ -18,8 +18,7 @@ from pymerge.text import shown
 NAMED = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Input:
+class Input(NamedTuple):
     """One checkpoint of a plan; `first_file` is the file number of its first shard."""
 
     checkpoint: Checkpoint

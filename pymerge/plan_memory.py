@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pymerge.errors import PymergeError
 from pymerge.planner import Plan
@@ -15,8 +15,7 @@ SMALLEST_LISTS = 1 << 20
 ELEMENT_BYTES = 4  # of a tile as the kernels see it; f64 inputs take twice that
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """Memory of one run: `threads` workers with tiles of `tile` elements, undecided lists of `lists` bytes.
 
     `total`: bytes, without the interpreter and its libraries.

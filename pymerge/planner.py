@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Shard, open_checkpoint
@@ -176,8 +176,7 @@ def make_plan(
     return plan
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """What a sound recipe names, and what lies there."""
 
     method: Method

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, RecipeError
@@ -21,8 +22,7 @@ MAX_RECIPE_BYTES = 1_000_000
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True, slots=True)
-class ModelEntry:
+class ModelEntry(NamedTuple):
     """One input of `models`: an existing folder or file, and the parameters given with it."""
 
     path: Path
@@ -51,8 +51,7 @@ class Recipe:
         return entry.parameters.get(name, self.parameters.get(name))
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(NamedTuple):
     """A recipe as far as it can be read: harmless values stand where it is wrong, and `problems` say where.
 
     `recipe`: None when not even the models are known. `missing`: models that do not exist, which are among

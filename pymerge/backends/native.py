@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from pymerge import _core
 from pymerge.backends.philox import tensor_key
@@ -53,8 +54,7 @@ class Settings:
     spill: int | None = None
 
 
-@dataclass(frozen=True)
-class OpenFile:
+class OpenFile(NamedTuple):
     """An open file, the number that regions know it by, and the name that messages give it."""
 
     number: int

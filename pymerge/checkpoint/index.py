@@ -6,8 +6,8 @@ import os
 import re
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pymerge.checkpoint.header import MAX_HEADER_BYTES, Header, TensorEntry, parse_object, read_header
 from pymerge.errors import CheckpointError, ProblemList
@@ -24,24 +24,21 @@ _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 _SHOWN_AT_MOST = 20  # tensors of one kind of problem; a wrong file can hold tens of thousands
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
+class Shard(NamedTuple):
     """One safetensors file of a checkpoint."""
 
     path: Path
     header: Header
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """Where a tensor lies: the number of its shard and its entry there."""
 
     shard: int
     entry: TensorEntry
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
+class Checkpoint(NamedTuple):
     """All headers of one checkpoint. `tensors` is in the order of the bytes, shard after shard."""
 
     path: Path

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pymerge.checkpoint.header import encode_header
 from pymerge.dtypes import DType
@@ -20,8 +20,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One tensor to be written."""
 
     name: str
@@ -34,8 +33,7 @@ class OutputTensor:
         return math.prod(self.shape) * self.dtype.bits // 8
 
 
-@dataclass(frozen=True, slots=True)
-class ShardLayout:
+class ShardLayout(NamedTuple):
     """One output file: the bytes before its data, each tensor's absolute byte offset, the whole size."""
 
     file_name: str

@@ -299,8 +299,7 @@ def test_a_full_disk_is_told_with_needed_and_free_bytes(out: Path, monkeypatch: 
 
 
 def test_a_disk_larger_than_this(out: Path) -> None:
-    huge = layout(NAMES[0])
-    object.__setattr__(huge, "size", 2**62)
+    huge = layout(NAMES[0])._replace(size=2**62)
     with (
         pytest.raises(OutputError, match=r"File too large|No space left"),
         Staging.open(out, PLAN) as staging,
