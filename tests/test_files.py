@@ -65,7 +65,7 @@ def rule_and_recipe(
         {"weight": w, "density": d} if trims else {"weight": w}
         for w, d in zip(WEIGHTS, DENSITIES, strict=True)
     ]
-    parameters = {"scope": scope.value, "threshold_ties": ties.value} if method == "ties" else {}
+    parameters = {"scope": scope.value, "threshold_ties": ties.value} if rule.trim.by_magnitude else {}
     base = family.base_path if rule.task_vector else None
     recipe = write_recipe(path, method, family.expert_paths, base, parameters, each, seed=5, **top)
     return rule, recipe
