@@ -1,7 +1,7 @@
-"""Builds the compiled core, and the CUDA kernels where nvcc is found; all else stands in pyproject.toml.
+"""Builds the compiled core, and the CUDA kernels where there are nvcc and a card; else see pyproject.toml.
 
-PYMERGE_CUDA=0 leaves the CUDA kernels out; PYMERGE_CUDA=90 builds them for that architecture, 90,100 for
-both.
+PYMERGE_CUDA=90 builds the CUDA kernels for that architecture whatever cards there are, 90,100 for both, all
+for every one that is supported; 0 leaves them out. One architecture takes minutes of compiling.
 """
 
 import os
@@ -38,16 +38,28 @@ def sources(*folders):
 
 def toolkit():
     """The folder of the CUDA toolkit; the nvcc that is found first may be a script that calls another."""
-    if os.environ.get("PYMERGE_CUDA") == "0" or not shutil.which("nvcc"):
+    if not shutil.which("nvcc"):
         return None
     said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
     return Path(top.group(1).strip()).resolve() if top else None
 
 
-def architecture_flags():
+def architectures():
+    """What the environment asks for, else the architectures of this machine's cards."""
     chosen = os.environ.get("PYMERGE_CUDA", "")
-    numbers = chosen.split(",") if chosen not in ("", "1") else ARCHITECTURES
+    if chosen == "all":
+        return ARCHITECTURES
+    if chosen:
+        return [] if chosen == "0" else chosen.split(",")
+    if not shutil.which("nvidia-smi"):
+        return []
+    asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(asked, capture_output=True, text=True).stdout
+    return sorted({found.replace(".", "") for found in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}, key=int)
+
+
+def architecture_flags(numbers):
     flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     newest = numbers[-1]  # as an intermediate language too, for what comes after it
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
@@ -63,7 +75,7 @@ class Build(build_ext):
         super().build_extension(extension)
 
     def compile_kernel(self, source):
-        flags = [*CUDA_FLAGS, *architecture_flags()]
+        flags = [*CUDA_FLAGS, *architecture_flags(architectures())]
         # Named after its flags, so that objects for other architectures are not taken for these.
         target = Path(
             self.build_temp, f"{source.stem}-{'-'.join(re.findall(r'sm_([0-9]+)', ' '.join(flags)))}.o"
@@ -83,7 +95,7 @@ extensions = [
         extra_compile_args=FLAGS,
     )
 ]
-if (top := toolkit()) is not None:
+if architectures() and (top := toolkit()) is not None:
     extensions.append(
         Pybind11Extension(
             "pymerge._cuda",

@@ -76,7 +76,8 @@ def load_kernels() -> ModuleType:
         return import_module("pymerge._cuda")
     except ImportError:
         raise BackendError(
-            "the cuda backend was not built: install the CUDA toolkit (nvcc) and reinstall pymerge-kernels"
+            "the cuda backend was not built: install the CUDA toolkit (nvcc) beside the card and reinstall"
+            " pymerge-kernels"
         ) from None
 
 
