@@ -6,7 +6,7 @@ build:
 	pip install -e '.[test,lint]'
 
 test:
-	pytest
+	pytest -n auto
 
 lint:
 	ruff check .

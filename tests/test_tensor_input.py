@@ -28,7 +28,7 @@ def test_experts_of_any_iterable(name: str) -> None:
     assert torch.equal(merged(experts=ITERABLES[name]()), EXPECTED)
 
 
-FRESH = torch.empty(8, 4)
+FRESH = torch.zeros(8, 4)
 TWO = {"a": BASE, "b": BASE}
 WRONG_STRUCTURES: list[tuple[Any, Any, Any, str]] = [
     (BASE, None, None, "experts is None, expected a list"),
@@ -53,7 +53,7 @@ WRONG_STRUCTURES: list[tuple[Any, Any, Any, str]] = [
     (TWO, [TWO], {"a": FRESH, "b": 3}, "tensor 'b': out: expected a torch tensor"),
     (TWO, [TWO], FRESH, "out is a torch.Tensor, but base is a dict"),
     (BASE, EXPERTS, {"": FRESH}, "out is a dict, but base is a torch.Tensor"),
-    (BASE, EXPERTS, np.empty((8, 4), np.float32), "out is a numpy.ndarray, but base is a torch.Tensor"),
+    (BASE, EXPERTS, np.zeros((8, 4), np.float32), "out is a numpy.ndarray, but base is a torch.Tensor"),
     (BASE, EXPERTS, 3, "out: expected a torch tensor or a numpy array, found an int"),
 ]
 
