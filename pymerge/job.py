@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pymerge.dtypes import DType
-from pymerge.rule import Rule
+from pymerge.rule import Rule, Vectors, passes
 
 IN_MEMORY = -1
 
@@ -25,6 +25,7 @@ class TensorJob:
 
     `rule` None: all inputs must hold the same bytes, which are copied (integers, bool).
     `cast`: inputs are rounded to this type before any arithmetic (mergekit's `dtype`); None: as stored.
+    `row`: elements of a row, for rules that take rows or columns one by one; 0: all of them.
     """
 
     name: str
@@ -34,3 +35,20 @@ class TensorJob:
     out: Region
     rule: Rule | None
     cast: DType | None = None
+    row: int = 0
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the inputs, all the same, are the result."""
+        if self.rule is None:
+            return True
+        types = {self.experts[0].dtype, self.cast or self.out.dtype}
+        return self.rule.copy and types == {self.out.dtype}
+
+    @property
+    def reads(self) -> int:
+        """How often the inputs are read."""
+        if self.is_copy or self.rule is None or self.count == 0:
+            return 1
+        by_row = self.rule.blend is not None and self.rule.blend.vectors is Vectors.ROWS and self.row
+        return passes(self.rule, self.row if by_row else self.count)

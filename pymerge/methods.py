@@ -127,11 +127,6 @@ def rule_for(
     )
 
 
-def passes(rule: Rule) -> int:
-    """How often the inputs are read: once, or twice when a rescale needs the kept entries' sums first."""
-    return 2 if rule.rescale and any(density < 1 for density in rule.densities) else 1
-
-
 def explain(method: Method) -> str:
     """The row in words: statistics, stages, passes over the inputs, bytes moved; derived from it alone."""
     lines = [f"{method.name}: {method.summary}", f"paper       {method.paper}"]

@@ -19,7 +19,7 @@ from pymerge.checkpoint.sidefiles import collect
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.job import Region, TensorJob
-from pymerge.methods import Method, method_named, passes
+from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
     Input,
     check_configs,
@@ -71,8 +71,8 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How often the inputs are read."""
-        return passes(self.rule)
+        """How often the inputs are read; small tensors perhaps less often."""
+        return max((job.reads for shard in self.jobs for job in shard), default=1)
 
     @property
     def experts(self) -> int:
@@ -232,7 +232,7 @@ def _laid_out(
         side_files=side_files(donor, found.side_files, recipe.text, layouts, jobs),
         layouts=layouts,
         jobs=jobs,
-        bytes_read=sum(bytes_read_by(shard, passes(rule)) for shard in jobs),
+        bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
         notes=tuple(found.notes),
     )
@@ -314,11 +314,11 @@ def _jobs(
     )
 
 
-def bytes_read_by(jobs: Sequence[TensorJob], reads: int) -> int:
-    """Bytes that these jobs read when merging takes `reads` passes over the inputs."""
+def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
+    """Bytes that these jobs read."""
     total = 0
     for job in jobs:
         width = sum(region.dtype.itemsize for region in job.experts)
         width += job.base.dtype.itemsize if job.base else 0
-        total += job.count * width * (reads if job.rule else 1)
+        total += job.count * width * job.reads
     return total

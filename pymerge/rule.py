@@ -6,6 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 
 
+# Elements of a vector that a blend reads once, measuring and merging it while it is in the cache; csrc/stream/
+# blend.cpp says the same.
+READ_ONCE = 32_768
+
+
 class Trim(Enum):
     """Which entries of a task vector take part."""
 
@@ -28,12 +33,44 @@ class Scope(Enum):
     MODEL = "model"
 
 
+class Blend(Enum):
+    """What the coefficients of a linear map are computed from the inputs' Gram matrix as."""
+
+    SLERP = "slerp"
+    NUSLERP = "nuslerp"
+    MULTISLERP = "multislerp"
+    KARCHER = "karcher"
+    MODEL_STOCK = "model_stock"
+
+
+class Vectors(Enum):
+    """What one Gram matrix is taken over: the whole tensor, each row (last axis), or each column (first)."""
+
+    TENSOR = "tensor"
+    ROWS = "rows"
+    COLUMNS = "columns"
+
+
+@dataclass(frozen=True, slots=True)
+class Blending:
+    """A blend and its numbers: `t` (slerp), `eps` (multislerp), `max_iter` and `tol` (karcher)."""
+
+    kind: Blend
+    vectors: Vectors = Vectors.TENSOR
+    t: float = 0.0
+    eps: float = 1e-8
+    max_iter: int = 10
+    tol: float = 1e-5
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One tensor's arithmetic, every default filled in; sequences hold one entry per expert.
 
-    `task_vector`: experts are taken relative to the base (False: linear, no base at all).
+    `task_vector`: experts are taken relative to the base (False: there is no base, or it is an expert).
     `weights`, `densities`: in recipe order. `lambda_`: factor on the merged task vector.
+    `blend`: the coefficients come from the inputs; None: they are the weights.
+    `copy`: the one input is the result, byte for byte, wherever the type stays.
     """
 
     task_vector: bool
@@ -47,3 +84,15 @@ class Rule:
     threshold_ties: ThresholdTies = ThresholdTies.FIRST
     scope: Scope = Scope.TENSOR
     seed: int = 0
+    blend: Blending | None = None
+    copy: bool = False
+
+
+def passes(rule: Rule, length: int = READ_ONCE + 1) -> int:
+    """How often the inputs are read: once, or twice when a rescale or a blend needs sums first.
+
+    `length`: elements of the vectors that a blend takes one by one; by default long ones.
+    """
+    if rule.blend is not None:
+        return 2 if length > READ_ONCE else 1
+    return 2 if rule.rescale and any(density < 1 for density in rule.densities) else 1

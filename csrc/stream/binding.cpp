@@ -29,6 +29,12 @@ Rule make_rule(const py::dict& d) {
   rule.lambda = d["lambda"].cast<double>();
   rule.weight = d["weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
+  rule.blend.kind = Blend(d["blend"].cast<int>());
+  rule.blend.vectors = Vectors(d["vectors"].cast<int>());
+  rule.blend.t = d["t"].cast<double>();
+  rule.blend.eps = d["eps"].cast<double>();
+  rule.blend.tol = d["tol"].cast<double>();
+  rule.blend.max_iter = d["max_iter"].cast<int>();
   if (rule.trim == Trim::magnitude && !rule.elect)
     throw std::invalid_argument("trimming by magnitude without electing a sign has no kernel");
   return rule;
@@ -43,7 +49,7 @@ Region make_region(const int64_t* row) {
 // meanwhile.
 class Run {
  public:
-  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given:
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs, row); outs: one region row per job; given:
   // thresholds per group, or nothing.
   Run(const Array<int64_t>& jobs, const Array<uint64_t>& keys, const Array<int64_t>& inputs,
       const Array<int64_t>& outs, const std::vector<py::dict>& rules,
@@ -63,6 +69,7 @@ class Run {
       t.has_cast = job(j, 2) >= 0;
       if (t.has_cast) t.cast = DType(job(j, 2));
       t.inputs = int32_t(job(j, 3));
+      t.row = job(j, 4);
       t.key = keys.at(j);
       t.input = regions_.data() + next;
       t.out = make_region(outs.data(j, 0));

@@ -15,13 +15,15 @@ from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Blend, Blending, Rule, Scope, ThresholdTies, Trim, Vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
 _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+_BLEND_CODE: dict[Blend | None, int] = {None: 0} | {blend: code for code, blend in enumerate(Blend, 1)}
+_VECTORS_CODE = {vectors: code for code, vectors in enumerate(Vectors)}
 _NO_FILE = -1
 
 
@@ -139,7 +141,7 @@ class NativeRun:
         # The core numbers the files of this run alone.
         slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
-        rows = np.array([_job_row(job, rules) for job in jobs], dtype=np.int64).reshape(-1, 4)
+        rows = np.array([_job_row(job, rules) for job in jobs], dtype=np.int64).reshape(-1, 5)
         keys = np.array([_key(job) for job in jobs], dtype=np.uint64)
         inputs = _regions([region for job in jobs for region in _inputs(job)], slots)
         outs = _regions([job.out for job in jobs], slots)
@@ -208,7 +210,7 @@ class _RuleTable:
 
 
 def _rule_row(rule: Rule) -> dict[str, object]:
-    return {
+    return _blend_row(rule.blend) | {
         "task_vector": rule.task_vector,
         "trim": _TRIM_CODE[rule.trim],
         "elect": rule.elect,
@@ -221,6 +223,18 @@ def _rule_row(rule: Rule) -> dict[str, object]:
     }
 
 
+def _blend_row(blend: Blending | None) -> dict[str, object]:
+    given = blend or Blending(Blend.SLERP)
+    return {
+        "blend": _BLEND_CODE[blend.kind if blend else None],
+        "vectors": _VECTORS_CODE[given.vectors],
+        "t": given.t,
+        "eps": given.eps,
+        "tol": given.tol,
+        "max_iter": given.max_iter,
+    }
+
+
 def _inputs(job: TensorJob) -> tuple[Region, ...]:
     return job.experts if job.base is None else (job.base, *job.experts)
 
@@ -229,9 +243,9 @@ def _code(dtype: DType | None) -> int:
     return -1 if dtype is None or dtype.code is None else dtype.code
 
 
-def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int]:
-    number = -1 if job.rule is None else rules.number(job.rule)
-    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None)
+def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int, int]:
+    number = -1 if job.rule is None or job.is_copy else rules.number(job.rule)
+    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None), job.row
 
 
 def _key(job: TensorJob) -> int:
