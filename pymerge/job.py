@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pymerge.dtypes import DType
@@ -48,7 +50,17 @@ class TensorJob:
     @property
     def reads(self) -> int:
         """How often the inputs are read."""
-        if self.is_copy or self.rule is None or self.count == 0:
+        if self.rule is None or self.is_copy:
             return 1
-        by_row = self.rule.blend is not None and self.rule.blend.vectors is Vectors.ROWS and self.row
-        return passes(self.rule, self.row if by_row else self.count)
+        vectors = self.rule.blend.vectors if self.rule.blend else Vectors.TENSOR
+        if vectors is Vectors.COLUMNS and self.row > 1:
+            return passes(self.rule)
+        return passes(self.rule, self.row if vectors is Vectors.ROWS else self.count)
+
+
+def row_of(shape: Sequence[int], rule: Rule) -> int:
+    """What `TensorJob.row` is for a tensor of this shape."""
+    vectors = rule.blend.vectors if rule.blend else Vectors.TENSOR
+    if vectors is Vectors.ROWS:
+        return shape[-1] if shape else 1
+    return math.prod(shape[1:]) if vectors is Vectors.COLUMNS else 0

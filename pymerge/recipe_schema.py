@@ -23,7 +23,7 @@ E = TypeVar("E", bound=Enum)
 
 # Keys of mergekit's grammar that this version refuses by name.
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
-UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "t", "filter_wise", "select_topk", "scale")
+UNSUPPORTED_PARAMETERS = ("gamma", "epsilon", "select_topk")
 
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 
@@ -156,12 +156,21 @@ class _Parameters(_Strict):
 class ModelParameters(_Parameters):
     weight: Number | None = None
     density: Number | None = None
+    scale: Number | None = None
 
 
 class TopParameters(ModelParameters):
     lambda_: Number | None = Field(None, alias="lambda")
     normalize: Flag | None = None
     rescale: Flag | None = None
+    t: Number | None = None
+    nuslerp_flatten: Flag | None = None
+    nuslerp_row_wise: Flag | None = None
+    normalize_weights: Flag | None = None
+    eps: Number | None = None
+    max_iter: Number | None = None
+    tol: Number | None = None
+    filter_wise: Flag | None = None
     int8_mask: Flag | None = None
     scope: Annotated[Scope, _named(Scope)] | None = None
     threshold_ties: Annotated[ThresholdTies, _named(ThresholdTies)] | None = None

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-
-# Elements of a vector that a blend reads once, measuring and merging it while it is in the cache; csrc/stream/
-# blend.cpp says the same.
+# Elements of a vector that a blend reads once: it merges them while they are in the cache, as csrc/stream/
+# blend.cpp says too.
 READ_ONCE = 32_768
 
 

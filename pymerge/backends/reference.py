@@ -304,7 +304,10 @@ def blend_tensor(
     parts = [vectors_of(d, shape, blend.vectors) for d in deltas]
     found = [coefficients(rule, matrix) for matrix in gram(parts).tolist()]
     if None in found:
-        raise CheckpointError(f"tensor {name!r}: the weighted directions of the inputs cancel")
+        raise CheckpointError(
+            f"tensor {name!r}: the weighted directions of the inputs cancel, so they have no mean;"
+            " change a weight"
+        )
     factors = torch.tensor(found, dtype=torch.float64).to(parts[0])
     merged = torch.zeros_like(parts[0])
     for k, part in enumerate(parts):
