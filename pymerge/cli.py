@@ -255,12 +255,13 @@ def info(as_json: bool) -> None:
 @main.command()
 def methods() -> None:
     """List the merge methods and their defaults."""
-    from pymerge.methods import METHODS
+    from pymerge.methods import METHODS, own_defaults
 
     for method in METHODS.values():
         _say(f"{method.name:<16} {method.summary}")
-        flags = f"trim {method.trim.value}, elect {'yes' if method.elect else 'no'}"
-        _say(f"{'':<16} {flags}, normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}")
+        flags = f"trim {method.trim.value}, elect {_yes(method.elect)}"
+        flags += f", normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}"
+        _say(f"{'':<16} {', '.join(own_defaults(method)) or flags}")
 
 
 @main.command()

@@ -284,7 +284,7 @@ def _explained(method: Method) -> list[tuple[str, str]]:
         defaults += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
     if method.task_vector and not method.blend:
         defaults.append("lambda 1")
-    defaults += [_default(name) for name in method.own]
+    defaults += own_defaults(method)
     return [
         ("inputs", f"{streams}, one weight for each expert" if method.weighted else streams),
         ("defaults", ", ".join(defaults)),
@@ -297,11 +297,14 @@ def _explained(method: Method) -> list[tuple[str, str]]:
     ]
 
 
-def _default(name: str) -> str:
-    value = DEFAULTS[name]
-    if value is None:
-        return f"{name} must be given"
-    return f"{name} {str(value).lower() if isinstance(value, bool) else format(value, 'g')}"
+def own_defaults(method: Method) -> list[str]:
+    """The parameters that only this method has, each with what it is where a recipe is silent."""
+    words = []
+    for name in method.own:
+        value = DEFAULTS[name]
+        text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if value is not None else ""
+        words.append(f"{name} {text or 'must be given'}")
+    return words
 
 
 def _problems(

@@ -18,8 +18,9 @@ from pymerge.backends import reference
 from pymerge.backends.blend import coefficients
 from pymerge.backends.native import Settings
 from pymerge.errors import BackendError, CheckpointError, ProblemList, RecipeError
-from pymerge.methods import METHODS, explain, rule_for
+from pymerge.methods import METHODS, explain, own_defaults, rule_for
 from pymerge.rule import READ_ONCE, Blend, Rule, Vectors, passes
+from pymerge.tensors import Backend, choose_backend
 
 CASES, LARGE_CASES = blend_cases(), large_cases()
 THREADS, TILES = (1, 2, 5), (1024, 32768, 131072)
@@ -112,6 +113,8 @@ def test_slerp_by_hand() -> None:
     assert merge("slerp", [[0.0, 2.0]], [1.0, 0.0], t=0) == [1.0, 0.0]
     assert merge("slerp", [[-2.0, 0.0]], [1.0, 0.0], t=0.25) == [0.25, 0.0]  # opposite: the straight line
     assert merge("slerp", [[0.0, 0.0]], [1.0, 0.0], t=0.5) == pytest.approx([math.sqrt(0.5), 0.0])
+    vast = merge("slerp", [[0.0, 1e100]], [1e100, 0.0], t=0.5)
+    assert vast == pytest.approx([1e100 * math.sqrt(0.5)] * 2)
     near = math.acos(0.9996)
     assert (
         merge("slerp", [[math.cos(near), math.sin(near)]], [1.0, 0.0], t=0.5)[0] == (1 + math.cos(near)) / 2
@@ -313,6 +316,12 @@ def test_no_kernels_on_a_gpu_yet(backend: str) -> None:
         merge_tensors(None, [x, x], method="karcher", backend=backend)
 
 
+def test_on_a_gpu_the_reference_computes() -> None:
+    rule = rule_for(METHODS["karcher"], weights=[1.0, 1.0])
+    assert choose_backend(None, "cuda:0", rule) is Backend.REFERENCE
+    assert choose_backend(None, "cpu", rule) is Backend.CPU
+
+
 def test_slerp_needs_a_base() -> None:
     x = torch.zeros(3)
     with pytest.raises(RecipeError, match="slerp needs a base: the tensors that t = 0 gives"):
@@ -326,6 +335,12 @@ def test_directions_that_cancel(backend: str | None) -> None:
         CheckpointError, match="tensor 'w': the weighted directions of the inputs cancel, so they"
     ):
         merge_tensors(None, [{"w": x} for x in axes], method="multislerp", backend=backend)
+
+
+def test_the_list_of_methods_tells_the_parameters() -> None:
+    assert own_defaults(METHODS["slerp"]) == ["t must be given"]
+    assert own_defaults(METHODS["multislerp"]) == ["normalize_weights true", "eps 1e-08"]
+    assert own_defaults(METHODS["ties"]) == []
 
 
 def test_explain_tells_the_parameters() -> None:

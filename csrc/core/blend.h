@@ -26,6 +26,12 @@ class Gram {
 // Rounding may lead a cosine past 1; NaN stays.
 inline double clamp_cosine(double cosine) { return cosine > 1 ? 1 : cosine < -1 ? -1 : cosine; }
 
+// The geometric mean of two squared norms: exact for equal ones, in range wherever they are.
+inline double mean_square(double a, double b) {
+  const double product = a * b;
+  return product > 1e-290 && product < 1e290 ? std::sqrt(product) : std::sqrt(a) * std::sqrt(b);
+}
+
 // The length of a combination of the inputs.
 inline double norm_of(const Gram& gram, const Coefficients& parts) {
   double square = 0;
@@ -47,7 +53,7 @@ inline Coefficients slerp(const Gram& gram, double t) {
   constexpr double kLeast = 1e-8 * 1e-8;  // a shorter vector counts as of length 1
   const double square0 = gram.at(0, 0) <= kLeast ? 1 : gram.at(0, 0);
   const double square1 = gram.at(1, 1) <= kLeast ? 1 : gram.at(1, 1);
-  const double cosine = clamp_cosine(gram.at(0, 1) / std::sqrt(square0 * square1));
+  const double cosine = clamp_cosine(gram.at(0, 1) / mean_square(square0, square1));
   if (std::fabs(cosine) > 0.9995) return {1 - t, t};
   return along_arc(cosine, t);
 }
@@ -58,7 +64,7 @@ inline Coefficients nuslerp(const Gram& gram, const std::vector<double>& weight)
   const double t = std::fabs(total) < 1e-6 ? 0.5 : weight[1] / total;
   const double square0 = gram.at(0, 0) < kLeast ? kLeast : gram.at(0, 0);
   const double square1 = gram.at(1, 1) < kLeast ? kLeast : gram.at(1, 1);
-  const double cosine = clamp_cosine(gram.at(0, 1) / std::sqrt(square0 * square1));
+  const double cosine = clamp_cosine(gram.at(0, 1) / mean_square(square0, square1));
   if (1 - cosine * cosine <= kLeastSineSquared) return {1 - t, t};
   return along_arc(cosine, t);
 }
@@ -141,7 +147,7 @@ inline Coefficients karcher(const Gram& gram, int max_iter, double tol) {
   for (int i = 0; i < unit.count(); ++i)
     for (int j = 0; j < unit.count(); ++j) {
       const int a = live[size_t(i)], b = live[size_t(j)];
-      unit.at(i, j) = gram.at(a, b) / std::sqrt(gram.at(a, a) * gram.at(b, b));
+      unit.at(i, j) = gram.at(a, b) / mean_square(gram.at(a, a), gram.at(b, b));
     }
   const Coefficients mean = karcher_mean(unit, max_iter, tol);
   for (int i = 0; i < unit.count(); ++i) {
@@ -157,7 +163,7 @@ inline Coefficients model_stock(const Gram& gram) {
   int pairs = 0;
   for (int i = 0; i < count; ++i)
     for (int j = i + 1; j < count; ++j, ++pairs) {
-      const double product = std::sqrt(gram.at(i, i) * gram.at(j, j));
+      const double product = mean_square(gram.at(i, i), gram.at(j, j));
       total += clamp_cosine(gram.at(i, j) / (product < 1e-6 ? 1e-6 : product));
     }
   const double cosine = total / pairs, divisor = 1 + (count - 1) * cosine;

@@ -19,6 +19,13 @@ class GramKernel {
   static constexpr int kElements = V::width * kGroup;
   static_assert(kGramChunk % kMaxGroup == 0);
 
+  // As many of the virtual lanes as one register holds, and how many pairs fit beside their inputs.
+  static constexpr int kBytes = V::width == 16 ? 64 : V::width == 8 ? 32 : 16;
+  typedef double Part __attribute__((vector_size(kBytes)));
+  static constexpr int kPart = kBytes / 8, kParts = kVirtualLanes / kPart;
+  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
+  static constexpr int kSide = V::width == 16 ? 4 : V::width == 8 ? 2 : 1;
+
  public:
   // Adds the products of `count` elements, of which the first belongs to lane 0, to `lanes`: kVirtualLanes
   // sums for each pair. Inputs are taken relative to `base` where there is one. `scratch`: gram_scratch().
@@ -32,8 +39,8 @@ class GramKernel {
       for (int i = 0; i < inputs; ++i) {
         const double* a = scratch + i * kGramChunk;
         int j = i;
-        for (; j + 4 <= inputs; j += 4, to += 4 * kVirtualLanes)
-          products<4>(a, scratch + j * kGramChunk, steps, to);
+        for (; j + kSide <= inputs; j += kSide, to += kSide * kVirtualLanes)
+          products<kSide>(a, scratch + j * kGramChunk, steps, to);
         for (; j < inputs; ++j, to += kVirtualLanes) products<1>(a, scratch + j * kGramChunk, steps, to);
       }
     }
@@ -42,42 +49,55 @@ class GramKernel {
  private:
   // Elements as doubles, zeros after the last: a zero added to a sum that started at +0 changes no bit.
   PM_HD static void widened(const void* base, const void* input, int64_t at, int n, double* to) {
-    const Raw* b = static_cast<const Raw*>(base);
+    const Raw* b = base ? static_cast<const Raw*>(base) + at : nullptr;
     const Raw* x = static_cast<const Raw*>(input) + at;
-    for (int first = 0; first < n; first += kElements) {
-      const int left = std::min(kElements, n - first);
+    int first = 0;
+    for (; first + kElements <= n; first += kElements) group(b ? b + first : nullptr, x + first, to + first);
+    if (first < n) {
       Raw padded[kElements] = {}, padded_base[kElements] = {};
-      const Raw *from = x + first, *base_from = b ? b + at + first : padded_base;
-      if (left < kElements) {
-        from = std::copy_n(x + first, left, padded) - left;
-        if (b) base_from = std::copy_n(b + at + first, left, padded_base) - left;
-      }
-      V v[kGroup], vb[kGroup];
-      load_group<true>(T{}, from, v);
-      if (b) {
-        load_group<true>(T{}, base_from, vb);
-        for (int g = 0; g < kGroup; ++g) v[g] = v[g] - vb[g];
-      }
-      Work line[kElements];
-      memcpy(line, v, sizeof line);
-      for (int j = 0; j < kElements; ++j) to[first + j] = double(line[j]);
+      std::copy(x + first, x + n, padded);
+      if (b) std::copy(b + first, b + n, padded_base);
+      group(b ? padded_base : nullptr, padded, to + first);
+      first += kElements;
     }
-    const int end = (n + kElements - 1) / kElements * kElements;
-    for (int j = end; j % kVirtualLanes; ++j) to[j] = 0;
+    for (; first % kVirtualLanes; ++first) to[first] = 0;
+  }
+
+  PM_HD static void group(const Raw* base, const Raw* input, double* to) {
+    V v[kGroup], b[kGroup];
+    load_group<true>(T{}, input, v);
+    if (base) {
+      load_group<true>(T{}, base, b);
+      for (int g = 0; g < kGroup; ++g) v[g] = v[g] - b[g];
+    }
+    Work line[kElements];
+    memcpy(line, v, sizeof line);
+#pragma GCC unroll 8
+    for (int j = 0; j < kElements; j += kPart) {
+      Narrow narrow;
+      memcpy(&narrow, line + j, sizeof narrow);
+      const Part wide = __builtin_convertvector(narrow, Part);
+      memcpy(to + j, &wide, sizeof wide);
+    }
   }
 
   // kPairs products side by side: one alone would wait for its own additions.
   template <int kPairs>
   PM_HD static void products(const double* a, const double* b, int steps, double* lanes) {
-    double sum[kPairs][kVirtualLanes];
+    Part sum[kPairs][kParts];
     memcpy(sum, lanes, sizeof sum);
     for (int step = 0; step < steps; ++step) {
-      const double* x = a + step * kVirtualLanes;
+#pragma GCC unroll 8
+      for (int part = 0; part < kParts; ++part) {
+        const int at = step * kVirtualLanes + part * kPart;
+        Part x;
+        memcpy(&x, a + at, sizeof x);
 #pragma GCC unroll 4
-      for (int p = 0; p < kPairs; ++p) {
-        const double* y = b + p * kGramChunk + step * kVirtualLanes;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kVirtualLanes; ++lane) sum[p][lane] += x[lane] * y[lane];
+        for (int p = 0; p < kPairs; ++p) {
+          Part y;
+          memcpy(&y, b + p * kGramChunk + at, sizeof y);
+          sum[p][part] += x * y;
+        }
       }
     }
     memcpy(lanes, sum, sizeof sum);

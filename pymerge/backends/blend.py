@@ -3,7 +3,8 @@
 `gram[i][j]` is the inner product of inputs i and j (of their task vectors where there is a base). Every
 function returns one coefficient for each input: the result is their sum of coefficient * input. The compiled
 core has the same functions in csrc/core/blend.h, operation for operation, with the C library's sqrt, sin,
-cos and acos in both. A NaN in the matrix makes every coefficient NaN.
+cos and acos in both. (Another C library may give a sine another last bit; where the coefficients are rounded
+to f32, this shows once in some 2^28.) A NaN in the matrix makes every coefficient NaN.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def slerp(gram: Gram, t: float) -> list[float]:
     least = LEAST_NORM * LEAST_NORM
     square0 = 1.0 if gram[0][0] <= least else gram[0][0]
     square1 = 1.0 if gram[1][1] <= least else gram[1][1]
-    cosine = clamp(gram[0][1] / math.sqrt(square0 * square1))
+    cosine = clamp(gram[0][1] / mean_square(square0, square1))
     if abs(cosine) > NEARLY_PARALLEL:
         return [1 - t, t]
     return along_arc(cosine, t)
@@ -60,7 +61,7 @@ def nuslerp(gram: Gram, weights: Sequence[float]) -> list[float]:
     least = LEAST_LENGTH * LEAST_LENGTH
     square0 = least if gram[0][0] < least else gram[0][0]
     square1 = least if gram[1][1] < least else gram[1][1]
-    cosine = clamp(gram[0][1] / math.sqrt(square0 * square1))
+    cosine = clamp(gram[0][1] / mean_square(square0, square1))
     if 1 - cosine * cosine <= LEAST_SINE_SQUARED:
         return [1 - t, t]
     return along_arc(cosine, t)
@@ -115,7 +116,7 @@ def karcher(gram: Gram, max_iter: int, tol: float) -> list[float]:
     live = [i for i in range(count) if not dead[i]]
     if not live:
         return [0.0] * count
-    unit = [[gram[i][j] / math.sqrt(gram[i][i] * gram[j][j]) for j in live] for i in live]
+    unit = [[gram[i][j] / mean_square(gram[i][i], gram[j][j]) for j in live] for i in live]
     mean = karcher_mean(unit, max_iter, tol)
     result = [0.0] * count
     for place, i in enumerate(live):
@@ -163,7 +164,7 @@ def model_stock(gram: Gram) -> list[float]:
     total, pairs = 0.0, 0
     for i in range(count):
         for j in range(i + 1, count):
-            product = math.sqrt(gram[i][i] * gram[j][j])
+            product = mean_square(gram[i][i], gram[j][j])
             total += clamp(gram[i][j] / (LEAST_PRODUCT if product < LEAST_PRODUCT else product))
             pairs += 1
     cosine = total / pairs
@@ -181,6 +182,12 @@ def norm_of(gram: Gram, parts: Sequence[float]) -> float:
             row += parts[j] * gram[i][j]
         square += parts[i] * row
     return math.sqrt(0.0 if square < 0 else square)
+
+
+def mean_square(a: float, b: float) -> float:
+    """The geometric mean of two squared norms: exact for equal ones, in range wherever they are."""
+    product = a * b
+    return math.sqrt(product) if 1e-290 < product < 1e290 else math.sqrt(a) * math.sqrt(b)
 
 
 def clamp(cosine: float) -> float:
