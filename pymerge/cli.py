@@ -263,19 +263,21 @@ def info(as_json: bool) -> None:
 @main.command()
 def methods() -> None:
     """List the merge methods and their defaults."""
+    from pymerge.explaining import own_defaults
     from pymerge.methods import METHODS
 
     for method in METHODS.values():
         _say(f"{method.name:<16} {method.summary}")
-        flags = f"trim {method.trim.value}, elect {'yes' if method.elect else 'no'}"
-        _say(f"{'':<16} {flags}, normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}")
+        flags = f"trim {method.trim.value}, elect {_yes(method.elect)}"
+        flags += f", normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}"
+        _say(f"{'':<16} {', '.join(own_defaults(method)) or flags}")
 
 
 @main.command()
 @click.argument("method")
 def explain(method: str) -> None:
     """Show what METHOD needs and does: statistics, stages, passes over the inputs, bytes."""
-    from pymerge.methods import explain as explained
+    from pymerge.explaining import explain as explained
     from pymerge.methods import method_named
 
     _say(explained(method_named(method)))

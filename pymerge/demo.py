@@ -19,6 +19,7 @@ from pymerge.checkpoint.index import Checkpoint, open_checkpoint
 from pymerge.demo_check import Expectation, expected
 from pymerge.demo_family import EXPERTS, Bits, make_family
 from pymerge.errors import OutputError
+from pymerge.methods import METHODS
 
 WEIGHTS = tuple((3 + k) / 10 for k in range(EXPERTS))
 EXPECTATIONS = (
@@ -29,6 +30,12 @@ EXPECTATIONS = (
     Expectation("dare_ties", WEIGHTS, density=0.3, lambda_=0.25, seed=7),
     Expectation("breadcrumbs", WEIGHTS, density=0.3, lambda_=0.5),
     Expectation("breadcrumbs_ties", WEIGHTS, density=0.3),
+    Expectation("slerp", WEIGHTS[:1], t=0.4),
+    Expectation("nuslerp", WEIGHTS[:2]),
+    Expectation("multislerp", WEIGHTS),
+    Expectation("karcher", WEIGHTS),
+    Expectation("model_stock", WEIGHTS),
+    Expectation("passthrough", WEIGHTS[:1]),
 )
 BLOCK = 1 << 20
 
@@ -79,7 +86,8 @@ def _row(what: Expectation, home: Path, base: Path, experts: list[Path]) -> Row:
     recipe = _recipe_path(what, home)
     out = home / f"merged-{what.method}"
     summary = merge(recipe, out)
-    inputs = [open_checkpoint(path) for path in (experts if what.method == "linear" else [base, *experts])]
+    experts = experts[: len(what.weights)]
+    inputs = [open_checkpoint(path) for path in ([base, *experts] if what.has_base else experts)]
     floor = _floor(inputs, home / "floor.bin", summary.bytes_written)
     moved = summary.bytes_read + summary.bytes_written
     return Row(what.method, summary.seconds, moved, floor, _is_right(what, out, base, experts))
@@ -91,12 +99,16 @@ def _recipe_path(what: Expectation, home: Path) -> Path:
 
 def _write_recipe(what: Expectation, home: Path, base: Path, experts: list[Path]) -> Path:
     lines = [f"merge_method: {what.method}", f"seed: {what.seed}", "models:"]
-    for path, weight in zip(experts, what.weights, strict=True):
-        lines += [f"  - model: {path.name}", "    parameters:", f"      weight: {weight!r}"]
-    if what.method != "linear":
-        lines += [f"base_model: {base.name}", "parameters:", f"  lambda: {what.lambda_}"]
-        if what.density < 1:
-            lines.append(f"  density: {what.density}")
+    for path, weight in zip(experts, what.weights, strict=False):
+        lines.append(f"  - model: {path.name}")
+        if METHODS[what.method].weighted:
+            lines += ["    parameters:", f"      weight: {weight!r}"]
+    if what.has_base:
+        lines.append(f"base_model: {base.name}")
+    given = {"lambda": what.lambda_, "density": what.density, "t": what.t}
+    parameters = {name: value for name, value in given.items() if value != 1}
+    if parameters:
+        lines += ["parameters:", *(f"  {name}: {value}" for name, value in parameters.items())]
     path = _recipe_path(what, home)
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -125,7 +137,7 @@ def _floor(inputs: list[Checkpoint], target: Path, size: int) -> float:
 
 def _is_right(what: Expectation, out: Path, base: Path, experts: list[Path]) -> bool:
     merged, origin = open_checkpoint(out), open_checkpoint(base)
-    tuned = [open_checkpoint(path) for path in experts]
+    tuned = [open_checkpoint(path) for path in experts[: len(what.weights)]]
     if merged.tensors.keys() != origin.tensors.keys():
         return False
 

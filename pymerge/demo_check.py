@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pymerge.demo_blend import blended
 from pymerge.demo_family import Bits, from_bf16, round_to_bf16
 
 F32 = NDArray[np.float32]
@@ -27,17 +28,28 @@ GAMMA = 0.01  # the default share of outliers
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """The parameters of one demo merge, as the recipe gives them."""
+    """The parameters of one demo merge, as the recipe gives them; 1 is what is not given."""
 
     method: str
     weights: Sequence[float]
     density: float = 1.0
     lambda_: float = 1.0
     seed: int = 0
+    t: float = 1.0
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the recipe names a base."""
+        return self.method not in ("linear", "karcher", "passthrough")
 
 
 def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits]) -> Bits:
     """The merged tensor, flat bf16 bits, from the flat bf16 bits of base and experts."""
+    if what.method == "passthrough":
+        return experts[0]
+    if what.method in ("slerp", "karcher"):
+        inputs = [from_bf16(x) for x in ([base, *experts] if what.method == "slerp" else experts)]
+        return round_to_bf16(blended(what.method, what.t, what.weights, None, inputs))
     weights = [np.float32(weight) for weight in what.weights]
     if what.method == "linear":
         return round_to_bf16(
@@ -46,6 +58,8 @@ def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits]) 
         )
     origin = from_bf16(base)
     deltas = [from_bf16(x) - origin for x in experts]
+    if what.method in ("nuslerp", "multislerp", "model_stock"):
+        return round_to_bf16(blended(what.method, what.t, what.weights, origin, deltas))
     values = []
     for k, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
         values.append(_trimmed(what, name, k, delta) * weight)

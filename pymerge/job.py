@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pymerge.dtypes import DType
-from pymerge.rule import Rule
+from pymerge.rule import Rule, Vectors, passes
 
 IN_MEMORY = -1
 
@@ -25,6 +27,7 @@ class TensorJob:
 
     `rule` None: all inputs must hold the same bytes, which are copied (integers, bool).
     `cast`: inputs are rounded to this type before any arithmetic (mergekit's `dtype`); None: as stored.
+    `row`: elements of a row, for rules that take rows or columns one by one; 0: all of them.
     """
 
     name: str
@@ -34,3 +37,30 @@ class TensorJob:
     out: Region
     rule: Rule | None
     cast: DType | None = None
+    row: int = 0
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of the inputs, all the same, are the result."""
+        if self.rule is None:
+            return True
+        types = {self.experts[0].dtype, self.cast or self.out.dtype}
+        return self.rule.copy and types == {self.out.dtype}
+
+    @property
+    def reads(self) -> int:
+        """How often the inputs are read."""
+        if self.rule is None or self.is_copy:
+            return 1
+        vectors = self.rule.blend.vectors if self.rule.blend else Vectors.TENSOR
+        if vectors is Vectors.COLUMNS and self.row > 1:
+            return passes(self.rule)
+        return passes(self.rule, self.row if vectors is Vectors.ROWS else self.count)
+
+
+def row_of(shape: Sequence[int], rule: Rule) -> int:
+    """What `TensorJob.row` is for a tensor of this shape."""
+    vectors = rule.blend.vectors if rule.blend else Vectors.TENSOR
+    if vectors is Vectors.ROWS:
+        return shape[-1] if shape else 1
+    return math.prod(shape[1:]) if vectors is Vectors.COLUMNS else 0

@@ -10,23 +10,47 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from types import MappingProxyType
 
+from pymerge.blending import blending, complete
 from pymerge.errors import ProblemList, RecipeError
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Blend, Rule, Scope, ThresholdTies, Trim
 
 # Weights whose sum is smaller than this cannot be divided by (mergekit's guard).
 SMALLEST_WEIGHT_SUM = 1e-8
 
 
+class Base(Enum):
+    """What a method does with the base: nothing; subtracts it, always or if there is one; or it is an expert.
+
+    FIRST: the first of the experts, and required. MEMBER: listed or not, one of them like any other.
+    """
+
+    UNUSED = "unused"
+    ORIGIN = "origin"
+    OPTIONAL_ORIGIN = "optional origin"
+    FIRST = "first"
+    MEMBER = "member"
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row. `normalize`, `rescale`, `density`, `gamma`: the defaults where a recipe is silent."""
+    """One row. `normalize`, `rescale`, `density`, `gamma`: the defaults where a recipe is silent.
+
+    `fewest`, `most`: how many experts it takes, the base among them where it is one. `weighted`: every expert
+    needs a weight. `own`: parameters that only this method has.
+    """
 
     name: str
     summary: str
     paper: str
-    task_vector: bool = True
+    base: Base = Base.ORIGIN
+    blend: Blend | None = None
+    weighted: bool = True
+    fewest: int = 1
+    most: int | None = None
+    own: tuple[str, ...] = ()
     trim: Trim = Trim.NONE
     elect: bool = False
     normalize: bool = False
@@ -34,13 +58,18 @@ class Method:
     density: float = 1.0
     gamma: float = 0.01
 
+    @property
+    def task_vector(self) -> bool:
+        """Whether experts are taken relative to a base, which must be given."""
+        return self.base is Base.ORIGIN
+
 
 _ROWS = (
     Method(
         name="linear",
         summary="weighted average of the models",
         paper="https://arxiv.org/abs/2203.05482",
-        task_vector=False,
+        base=Base.UNUSED,
         normalize=True,
     ),
     Method(
@@ -84,6 +113,62 @@ _ROWS = (
         trim=Trim.OUTLIERS,
         elect=True,
     ),
+    Method(
+        name="slerp",
+        summary="the point at share t of the arc from the base to one other model",
+        paper="https://doi.org/10.1145/325165.325242",
+        base=Base.FIRST,
+        blend=Blend.SLERP,
+        weighted=False,
+        fewest=2,
+        most=2,
+        own=("t",),
+    ),
+    Method(
+        name="nuslerp",
+        summary="the point on the arc between two models (or task vectors) that their weights give",
+        paper="https://doi.org/10.1145/325165.325242",
+        base=Base.OPTIONAL_ORIGIN,
+        blend=Blend.NUSLERP,
+        fewest=2,
+        most=2,
+        own=("nuslerp_flatten", "nuslerp_row_wise"),
+    ),
+    Method(
+        name="multislerp",
+        summary="the weighted mean direction of models (or task vectors) at their mean length",
+        paper="https://arxiv.org/abs/2403.13257",
+        base=Base.OPTIONAL_ORIGIN,
+        blend=Blend.MULTISLERP,
+        own=("normalize_weights", "eps"),
+    ),
+    Method(
+        name="karcher",
+        summary="the Riemannian (Karcher) mean of the models' directions at their mean length",
+        paper="https://doi.org/10.1002/cpa.3160300502",
+        base=Base.MEMBER,
+        blend=Blend.KARCHER,
+        weighted=False,
+        own=("max_iter", "tol"),
+    ),
+    Method(
+        name="model_stock",
+        summary="from the base toward the experts' mean, as far as the angle between their task vectors says",
+        paper="https://arxiv.org/abs/2403.19522",
+        blend=Blend.MODEL_STOCK,
+        weighted=False,
+        fewest=2,
+        own=("filter_wise",),
+    ),
+    Method(
+        name="passthrough",
+        summary="one model as it is, or times a number",
+        paper="https://arxiv.org/abs/2403.13257",
+        base=Base.MEMBER,
+        weighted=False,
+        most=1,
+        own=("scale",),
+    ),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})
@@ -113,10 +198,13 @@ def rule_for(
     scope: Scope = Scope.TENSOR,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    options: Mapping[str, object] | None = None,
+    has_base: bool = False,
 ) -> Rule:
     """The rule of `method` for `len(weights)` experts; None takes the row's default.
 
-    `names`: what to call the experts in messages (None: their numbers).
+    `names`: what to call the experts in messages (None: their numbers). `options`: the method's own
+    parameters. `has_base`: there is a base that the experts may be taken relative to.
     What the row does not use (density without a trim, lambda without task vectors) is made neutral.
     Raises RecipeError for one problem, ProblemList for several: counts, ranges, numbers that are not finite.
     """
@@ -127,82 +215,35 @@ def rule_for(
     lambda_ = 1.0 if lambda_ is None else lambda_
     normalize = method.normalize if normalize is None else normalize
     rescale = method.rescale if rescale is None else rescale
-    _raise(_problems(method, weights, densities, gammas, lambda_, normalize, seed, names))
+    problems = _problems(method, weights, densities, gammas, lambda_, normalize, seed, names)
+    values = complete(method.own, options or {}, problems)
+    if not method.weighted:
+        weights = (values.get("scale", 1.0),) * len(weights)
+    if method.blend is Blend.MULTISLERP and not problems:
+        normalize = bool(values["normalize_weights"])
+        if normalize and abs(math.fsum(weights)) < SMALLEST_WEIGHT_SUM:
+            problems.append(_zero_sum(method, weights))
+    _raise(problems)
 
     trims = method.trim is not Trim.NONE
+    alone = len(weights) == 1 and method.blend is Blend.MULTISLERP  # there is nothing to blend
+    origin = method.base is Base.ORIGIN or (method.base is Base.OPTIONAL_ORIGIN and has_base and not alone)
     return Rule(
-        task_vector=method.task_vector,
+        task_vector=origin,
         trim=method.trim,
         elect=method.elect,
-        normalize=normalize,
+        normalize=normalize and not alone,
         rescale=rescale and trims,
-        weights=tuple(float(weight) for weight in weights),
+        weights=(1.0,) if alone else tuple(float(weight) for weight in weights),
         densities=tuple(float(density) if trims else 1.0 for density in densities),
-        lambda_=float(lambda_) if method.task_vector else 1.0,
+        lambda_=float(lambda_) if origin and method.blend is None else 1.0,
         threshold_ties=threshold_ties,
         scope=scope if method.trim.by_magnitude else Scope.TENSOR,
         seed=seed,
         gammas=tuple(map(float, gammas)) if method.trim is Trim.OUTLIERS else (),
+        blend=None if method.blend is None or alone else blending(method.blend, values),
+        copy=alone or values.get("scale") == 1,
     )
-
-
-def passes(rule: Rule) -> int:
-    """How often the inputs are read: once, or twice when a rescale needs the kept entries' sums first."""
-    return 2 if rule.rescale and any(density < 1 for density in rule.densities) else 1
-
-
-def explain(method: Method) -> str:
-    """The row in words: statistics, stages, passes over the inputs, bytes moved; derived from it alone."""
-    lines = [f"{method.name}: {method.summary}", f"paper       {method.paper}"]
-    lines += [f"{label:<12}{text}" for label, text in _explained(method)]
-    return "\n".join(lines)
-
-
-def _explained(method: Method) -> list[tuple[str, str]]:
-    statistics = {
-        Trim.NONE: "none",
-        Trim.MAGNITUDE: "the k-th largest |d| of each expert, found exactly while merging",
-        Trim.RANDOM: "none",
-        Trim.OUTLIERS: "two ranks of the |d| of each expert, found exactly while merging",
-    }[method.trim]
-    if method.rescale:
-        sums = "sum |d| before and after the trim, for each tensor and expert"
-        statistics = sums if statistics == "none" else f"{statistics}; {sums}"
-    trim = {
-        Trim.NONE: "none: every entry takes part",
-        Trim.MAGNITUDE: "keep the int(density * n) largest |d|; among equals the lowest index first (or all)",
-        Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
-        Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others",
-    }[method.trim]
-    elect = "the sign of the sum of the weighted entries; only entries of that sign go on"
-    total = "sum of weight * entry"
-    combine = f"{total}, divided by the sum of the weights that took part" if method.normalize else total
-    if method.task_vector:
-        combine += "; times lambda, added to the base"
-    streams = "K + 1 inputs (base and experts)" if method.task_vector else "K inputs"
-    count = "K + 1" if method.task_vector else "K"
-    twice = method.rescale
-    number = "2 while density < 1 (1 with rescale: false)" if twice else "1"
-    if not twice and method.trim is not Trim.NONE:
-        number = "1 (2 with rescale: true)"
-    factor = f"{'2 * ' if twice else ''}({count}) * input size" if "+" in count else f"{count} * input size"
-    defaults = [f"normalize {str(method.normalize).lower()}"]
-    if method.trim is not Trim.NONE:
-        defaults += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
-    if method.trim is Trim.OUTLIERS:
-        defaults.append(f"gamma {method.gamma:g}")
-    if method.task_vector:
-        defaults.append("lambda 1")
-    return [
-        ("inputs", f"{streams}, one weight for each expert"),
-        ("defaults", ", ".join(defaults)),
-        ("statistics", statistics),
-        ("trim", trim),
-        ("elect", elect if method.elect else "none: every kept entry goes on"),
-        ("combine", combine),
-        ("passes", number),
-        ("bytes", f"for each output element: {factor} read, 1 * output size written"),
-    ]
 
 
 def _problems(
@@ -219,6 +260,11 @@ def _problems(
     who = names or [f"expert {k}" for k in range(max(len(weights), len(densities), len(gammas)))]
     if not weights:
         problems.append(f"{method.name} needs at least one expert")
+    elif not method.fewest <= len(weights) <= (method.most or len(weights)):
+        exactly = "exactly" if method.fewest == method.most else "at least"
+        what = "models, the base among them" if method.base in (Base.FIRST, Base.MEMBER) else "experts"
+        wanted = f"{exactly} {method.fewest} {what}" if method.fewest > 1 else "exactly one model"
+        problems.append(f"{method.name} takes {wanted}, found {len(weights)}")
     if len(densities) != len(weights):
         problems.append(f"{len(densities)} densities for {len(weights)} experts")
     if len(gammas) != len(weights):
@@ -245,10 +291,12 @@ def _problems(
         and not problems
         and abs(_float32_sum(weights)) < SMALLEST_WEIGHT_SUM
     ):
-        problems.append(
-            f"the weights of {method.name} sum to {math.fsum(weights):g}, so they cannot be normalized"
-        )
+        problems.append(_zero_sum(method, weights))
     return problems
+
+
+def _zero_sum(method: Method, weights: Sequence[float]) -> str:
+    return f"the weights of {method.name} sum to {math.fsum(weights):g}, so they cannot be normalized"
 
 
 def _float32_sum(numbers: Sequence[float]) -> float:

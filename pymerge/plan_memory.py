@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pymerge.errors import PymergeError
 from pymerge.planner import Plan
+from pymerge.rule import READ_ONCE
 
 TILE = 32_768  # elements; nine bf16 inputs of one tile stay in a 1 MiB L2
 SMALLEST_TILE = 4_096
@@ -36,7 +37,8 @@ def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None
         tile, lists = TILE, LISTS if trims else 0
     else:
         tile, lists = TILE, SMALLEST_LISTS if trims else 0
-        while tile > SMALLEST_TILE and threads * streams * tile * ELEMENT_BYTES > max_memory // 2:
+        smallest = READ_ONCE if plan.rule.blend else SMALLEST_TILE  # which it takes at once
+        while tile > smallest and threads * streams * tile * ELEMENT_BYTES > max_memory // 2:
             tile //= 2
         least = threads * streams * tile * ELEMENT_BYTES + lists
         if least > max_memory:

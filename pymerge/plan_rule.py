@@ -7,8 +7,9 @@ from enum import Enum
 from pathlib import Path
 from typing import TypeVar
 
+from pymerge.blending import DEFAULTS
 from pymerge.errors import ProblemList, PymergeError
-from pymerge.methods import Method, rule_for
+from pymerge.methods import Base, Method, rule_for
 from pymerge.recipe import ModelEntry, Recipe
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
 
@@ -30,14 +31,17 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
     before = len(problems)
     if method.task_vector and recipe.base is None:
         problems.append(f"{method.name} needs base_model: the model that the experts were tuned from")
-    experts = _experts(recipe, method, notes)
+    if method.base is Base.FIRST and recipe.base is None:
+        problems.append(f"{method.name} needs base_model: the model that t = 0 gives")
+    experts = experts_of(recipe, method)
     if not experts:
         problems.append(f"models lists no expert beside the base {recipe.base}")
         return None
     weights = [recipe.parameter(entry, "weight") for entry in experts]
     for entry, weight in zip(experts, weights, strict=True):
-        if weight is None:
+        if weight is None and method.weighted:
             problems.append(f"{method.name} needs a weight for {entry.path}")
+    _note_base(recipe, method, notes)
     densities = [recipe.parameter(entry, "density") for entry in experts]
     _note_unused(recipe, method, notes)
     given = recipe.parameters
@@ -55,6 +59,8 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
             scope=_choice(given.get("scope"), Scope.TENSOR),
             seed=recipe.seed,
             names=[str(entry.path) for entry in experts],
+            options={name: recipe.parameter(experts[0], name) for name in method.own},
+            has_base=recipe.base is not None,
         )
         return rule if len(problems) == before else None
     except ProblemList as error:
@@ -64,20 +70,29 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
     return None
 
 
-def _experts(recipe: Recipe, method: Method, notes: list[str]) -> list[ModelEntry]:
+def experts_of(recipe: Recipe, method: Method) -> list[ModelEntry]:
+    """The models that a method counts as experts, in its order; the base among them where it is one."""
+    base = recipe.base
+    if base is None or method.base is Base.UNUSED:
+        return list(recipe.models)
+    entry = next((listed for listed in recipe.models if is_same(listed.path, base)), None)
+    if method.base is Base.MEMBER:
+        return [*recipe.models, *([] if entry else [ModelEntry(base, {})])]
+    others = [listed for listed in recipe.models if listed is not entry]
+    return [entry or ModelEntry(base, {}), *others] if method.base is Base.FIRST else others
+
+
+def _note_base(recipe: Recipe, method: Method, notes: list[str]) -> None:
     base = recipe.base
     if base is None:
-        return list(recipe.models)
+        return
     listed = [entry for entry in recipe.models if is_same(entry.path, base)]
-    if not method.task_vector:
-        if not listed:
-            notes.append(
-                f"base_model {base} only gives the configuration: {method.name} averages what models lists"
-            )
-        return list(recipe.models)
-    if any(entry.parameters for entry in listed):
+    if method.base is Base.UNUSED and not listed:
+        notes.append(
+            f"base_model {base} only gives the configuration: {method.name} averages what models lists"
+        )
+    if method.base in (Base.ORIGIN, Base.OPTIONAL_ORIGIN) and any(entry.parameters for entry in listed):
         notes.append(f"the parameters of {base} have no effect: it is the base, not an expert")
-    return [entry for entry in recipe.models if entry not in listed]
 
 
 def _note_unused(recipe: Recipe, method: Method, notes: list[str]) -> None:
@@ -89,8 +104,13 @@ def _note_unused(recipe: Recipe, method: Method, notes: list[str]) -> None:
         unused.append("gamma")
     if not method.trim.by_magnitude:
         unused += ["scope", "threshold_ties"]
-    if not method.task_vector:
+    if not method.task_vector or method.blend:
         unused.append("lambda")
+    if method.blend or method.own:
+        unused.append("normalize")
+    if not method.weighted:
+        unused.append("weight")
+    unused += [name for name in DEFAULTS if name not in method.own]
     notes += [f"{name} has no effect with {method.name}" for name in unused if name in given]
 
 

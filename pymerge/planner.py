@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from pymerge.blending import stated
 from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Shard, open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
 from pymerge.checkpoint.sidefiles import collect
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
-from pymerge.job import Region, TensorJob
-from pymerge.methods import Method, method_named, passes
+from pymerge.job import Region, TensorJob, row_of
+from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
     Input,
     check_configs,
@@ -28,7 +29,7 @@ from pymerge.plan_checks import (
     check_working_types,
     free_bytes,
 )
-from pymerge.plan_rule import donor_path, is_same, rule_of
+from pymerge.plan_rule import donor_path, experts_of, is_same, rule_of
 from pymerge.plan_side import side_files
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope, Trim
@@ -71,8 +72,8 @@ class Plan:
 
     @property
     def passes(self) -> int:
-        """How often the inputs are read."""
-        return passes(self.rule)
+        """How often the inputs are read; small tensors perhaps less often."""
+        return max((job.reads for shard in self.jobs for job in shard), default=1)
 
     @property
     def experts(self) -> int:
@@ -112,7 +113,7 @@ class Plan:
         """The plan in words, one fact a line."""
         trims = self.method.trim is not Trim.NONE
         scope = f", scope {self.scope.value}" if self.method.trim.by_magnitude else ""
-        lines = [f"method       {self.method.name}{scope}"]
+        lines = [f"method       {self.method.name}{scope}{stated(self.rule)}"]
         weights = iter(zip(self.rule.weights, self.rule.densities, strict=True))
         for source in self.inputs:
             path = printable(str(source.checkpoint.path))
@@ -120,8 +121,8 @@ class Plan:
                 lines.append(f"base         {path}")
                 continue
             weight, density = next(weights)
-            given = f"weight {weight:g}, density {density:g}" if trims else f"weight {weight:g}"
-            lines.append(f"expert       {path} ({given})")
+            given = f" (weight {weight:g}, density {density:g})" if trims else f" (weight {weight:g})"
+            lines.append(f"expert       {path}{given if self.method.weighted else ''}")
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
@@ -195,7 +196,7 @@ def _examine(
     # A draft without a method says so itself.
     method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
     rule = rule_of(recipe, method, problems, notes) if method else None
-    inputs = _open_inputs(recipe, method, missing, problems)
+    inputs = _open_inputs(recipe, method, rule, missing, problems)
     check_configs(inputs, problems)
     names = check_tensors(inputs, problems)
     if rule and rule.scope is Scope.MODEL:
@@ -231,7 +232,7 @@ def _laid_out(
         side_files=side_files(donor, found.side_files, recipe.text, layouts, jobs),
         layouts=layouts,
         jobs=jobs,
-        bytes_read=sum(bytes_read_by(shard, passes(rule)) for shard in jobs),
+        bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
         notes=tuple(found.notes),
     )
@@ -249,11 +250,17 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
 
 
 def _open_inputs(
-    recipe: Recipe, method: Method | None, missing: Collection[Path], problems: list[str]
+    recipe: Recipe,
+    method: Method | None,
+    rule: Rule | None,
+    missing: Collection[Path],
+    problems: list[str],
 ) -> list[Input]:
-    """The readable inputs: base first where the method is relative to one, then the experts."""
-    paths = [(entry.path, False) for entry in recipe.models]
-    if recipe.base is not None and (method is None or method.task_vector):
+    """The readable inputs: base first where the experts are relative to one, then the experts."""
+    experts = experts_of(recipe, method) if method else recipe.models
+    paths = [(entry.path, False) for entry in experts]
+    # Where there is no rule the base is opened all the same, to see what is wrong with it.
+    if recipe.base is not None and (rule is None or rule.task_vector):
         base = recipe.base
         paths = [(base, True)] + [(path, False) for path, _ in paths if not is_same(path, base)]
     inputs: list[Input] = []
@@ -305,6 +312,7 @@ def _jobs(
             out=Region(output.dtype, layout.offsets[output.name], files + number),
             rule=rule if merges else None,
             cast=cast if merges else None,
+            row=row_of(first.shape, rule),
         )
 
     return tuple(
@@ -313,11 +321,11 @@ def _jobs(
     )
 
 
-def bytes_read_by(jobs: Sequence[TensorJob], reads: int) -> int:
-    """Bytes that these jobs read when merging takes `reads` passes over the inputs."""
+def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
+    """Bytes that these jobs read."""
     total = 0
     for job in jobs:
         width = sum(region.dtype.itemsize for region in job.experts)
         width += job.base.dtype.itemsize if job.base else 0
-        total += job.count * width * (reads if job.rule else 1)
+        total += job.count * width * job.reads
     return total

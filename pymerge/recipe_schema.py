@@ -24,7 +24,7 @@ Key: TypeAlias = core_schema.TypedDictField
 
 # Keys of mergekit's grammar that this version refuses by name.
 UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
-UNSUPPORTED_PARAMETERS = ("epsilon", "t", "filter_wise", "select_topk", "scale")
+UNSUPPORTED_PARAMETERS = ("epsilon", "select_topk")
 
 
 class ModelData(TypedDict):
@@ -127,12 +127,15 @@ REFERENCE = core_schema.no_info_before_validator_function(_reference, TEXT)
 TYPE = core_schema.no_info_plain_validator_function(_dtype)
 SEED = core_schema.int_schema(strict=True, ge=0, lt=2**64)
 
-MODEL_PARAMETERS = {name: _optional(NUMBER) for name in ("weight", "density", "gamma")}
+FLAGS = ("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "filter_wise")
+MODEL_PARAMETERS = {name: _optional(NUMBER) for name in ("weight", "density", "gamma", "scale")}
 TOP_PARAMETERS = {
     **MODEL_PARAMETERS,
     "lambda": _optional(NUMBER),
     "normalize": _optional(FLAG),
     "rescale": _optional(FLAG),
+    **{name: _optional(NUMBER) for name in ("t", "eps", "max_iter", "tol")},
+    **{name: _optional(FLAG) for name in FLAGS},
     "int8_mask": _optional(FLAG),
     "scope": _optional(_member(Scope)),
     "threshold_ties": _optional(_member(ThresholdTies)),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex, TypeVar, ca
 from pymerge.backends.arrays import TORCH, Array, ArrayKind, dtype_of
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, ProblemList, RecipeError
-from pymerge.job import Region, TensorJob
-from pymerge.methods import method_named, rule_for
+from pymerge.job import Region, TensorJob, row_of
+from pymerge.methods import Base, Method, method_named, rule_for
 from pymerge.operands import Stack, expert_list, read_operands, stacked
 from pymerge.options import (
     PerExpert,
@@ -68,6 +68,15 @@ def merge_tensors(
     threshold_ties: str = "first",
     scope: str = "tensor",
     seed: SupportsIndex = 0,
+    t: SupportsFloat | None = None,
+    nuslerp_flatten: bool = True,
+    nuslerp_row_wise: bool = False,
+    normalize_weights: bool = True,
+    eps: SupportsFloat = 1e-8,
+    max_iter: SupportsIndex = 10,
+    tol: SupportsFloat = 1e-5,
+    filter_wise: bool = False,
+    scale: SupportsFloat = 1.0,
     out: Tensors | None = None,
     out_dtype: object = None,
     threads: SupportsIndex | None = None,
@@ -76,23 +85,44 @@ def merge_tensors(
     """Merge `experts` (all of the base's shape, any mix of f16, bf16, f32, f64) and return the same kind.
 
     `base`, each of `experts`: a tensor, or a dict of tensors with the same names; never modified. `base` is
-    None for `linear`. `weight`, `density`, `gamma` (the share that is outliers): a number for all experts or
-    one for each; None: the method's default. Numbers may be scalars of numpy or torch.
+    None for `linear`; for `slerp` it is the model at t = 0; `nuslerp` and `multislerp` go without one or are
+    relative to it; `karcher` and `passthrough` take it for one more expert. `weight`, `density`, `gamma` (the
+    share that is outliers): a number for all experts or one for each; None: the method's default. Numbers may
+    be scalars of numpy or torch.
     `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among
     equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
-    dict. `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
+    dict. `t` (slerp), `nuslerp_flatten` and `nuslerp_row_wise`, `normalize_weights` and `eps` (multislerp),
+    `max_iter` and `tol` (karcher), `filter_wise` (model_stock), `scale` (passthrough): as in a recipe.
+    `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
     (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu",
     "cuda", "triton", "reference", or None for the best that takes the tensors.
-    Raises RecipeError for wrong options, BackendError for inputs that no backend takes.
+    Raises RecipeError for wrong options, BackendError for inputs that no backend takes, CheckpointError where
+    the inputs have no such mean.
     """
-    members = expert_list(experts)
     row = method_named(as_name(method, "method"))
+    members = _members(row, base, expert_list(experts))
+    options: dict[str, object] = {
+        "t": None if t is None else as_number(t, "t"),
+        "nuslerp_flatten": as_flag(nuslerp_flatten, "nuslerp_flatten"),
+        "nuslerp_row_wise": as_flag(nuslerp_row_wise, "nuslerp_row_wise"),
+        "normalize_weights": as_flag(normalize_weights, "normalize_weights"),
+        "eps": as_number(eps, "eps"),
+        "max_iter": as_count(max_iter, "max_iter"),
+        "tol": as_number(tol, "tol"),
+        "filter_wise": as_flag(filter_wise, "filter_wise"),
+        "scale": as_number(scale, "scale"),
+    }
+    count = len(members)
+    if not row.weighted:
+        weight, density = None, None
     try:
         rule = rule_for(
             row,
-            weights=per_expert(1.0 if weight is None else weight, len(members), "weight"),
-            densities=None if density is None else per_expert(density, len(members), "density"),
-            gammas=None if gamma is None else per_expert(gamma, len(members), "gamma"),
+            weights=per_expert(1.0 if weight is None else weight, count, "weight"),
+            densities=None if density is None else per_expert(density, count, "density"),
+            gammas=None if gamma is None else per_expert(gamma, count, "gamma"),
+            options=options,
+            has_base=base is not None,
             lambda_=None if lambda_ is None else as_number(lambda_, "lambda_"),
             normalize=as_flag(normalize, "normalize"),
             rescale=as_flag(rescale, "rescale"),
@@ -118,12 +148,27 @@ def merge_tensors(
     chosen = choose_backend(wanted, operands.device, has_kernels)
     stacks = stacked(operands, out, dtype)
     kind = operands.kind
-    _RUNS[chosen]([stack for stack in stacks if operands.dtypes[stack.name].mergeable], rule, kind, workers)
+    copied = {stack.name for stack in stacks if _is_copy(stack, operands.dtypes[stack.name], rule)}
+    _RUNS[chosen]([stack for stack in stacks if stack.name not in copied], rule, kind, workers)
     for stack in stacks:
-        if not operands.dtypes[stack.name].mergeable:
+        if stack.name in copied:
             kind.copy(stack.inputs[0], stack.out)
     results = {stack.name: stack.out for stack in stacks}
     return cast("Tensors", results if isinstance(operands.first.value, Mapping) else results[""])
+
+
+def _members(row: Method, base: object | None, experts: list[Any]) -> list[Any]:
+    """The experts as the method counts them: with the base where it is one of them."""
+    if row.base is Base.FIRST and base is None:
+        raise RecipeError(f"{row.name} needs a base: the tensors that t = 0 gives")
+    if base is None or row.base not in (Base.FIRST, Base.MEMBER):
+        return experts
+    return [base, *experts] if row.base is Base.FIRST else [*experts, base]
+
+
+def _is_copy(stack: Stack, dtype: DType, rule: Rule) -> bool:
+    """Whether the first input's bytes are the result."""
+    return not dtype.mergeable or (rule.copy and dtype_of(stack.inputs[0]) is dtype_of(stack.out))
 
 
 def choose_backend(wanted: Backend | None, device: str, has_kernels: bool = True) -> Backend:
@@ -196,7 +241,8 @@ def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: i
         count = kind.count(stack.inputs[0])
         regions = tuple(region(array) for array in stack.inputs)
         base, experts = (regions[0], regions[1:]) if rule.task_vector else (None, regions)
-        jobs.append(TensorJob(stack.name, count, base, experts, region(stack.out), rule))
+        out, row = region(stack.out), row_of(kind.shape(stack.out), rule)
+        jobs.append(TensorJob(stack.name, count, base, experts, out, rule, row=row))
         size += count * sum(source.dtype.itemsize for source in regions)
     settings = Settings(threads=threads or 0, memory=max(Settings.memory, size // LIST_SHARE))
     NativeRun(jobs, rule.scope, [], settings).execute()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pymerge.backends.native import Isa, NativeRun, Report, Settings, Threshold, available_isas
 from pymerge.dtypes import BY_TORCH_NAME, DType
-from pymerge.job import Region, TensorJob
+from pymerge.job import Region, TensorJob, row_of
 
 ISAS = [isa for isa in available_isas() if isa is not Isa.AUTO]
 
@@ -51,6 +51,7 @@ def run_native(
                 out=Region(dtype_of(out_dtype), outs[-1].data_ptr() + offset),
                 rule=group.rule,
                 cast=None if group.cast is None else dtype_of(group.cast),
+                row=row_of(xs[0].shape, group.rule),
             )
         )
     before = [x.clone() for x in held]

@@ -29,14 +29,14 @@ LONGEST = 400
 LAYERS = (
     ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
     ("parameters", "recipe_yaml", "recipe_schema", "recipe"),
-    ("methods",),
+    ("blending", "methods", "explaining"),
     ("checkpoint",),
     ("planner", "plan_side", "plan_rule", "plan_checks", "plan_memory"),
     ("kernels",),
     ("backends",),
     ("run", "options", "operands", "tensors", "verify", "diff"),
     ("integrations",),
-    ("api", "info", "demo", "demo_check", "demo_family"),
+    ("api", "info", "demo", "demo_blend", "demo_check", "demo_family"),
     ("cli",),
     ("__main__",),
 )

@@ -8,8 +8,9 @@ import math
 import pytest
 
 from pymerge.errors import ProblemList, RecipeError
-from pymerge.methods import METHODS, Method, explain, method_named, passes, rule_for
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.explaining import explain
+from pymerge.methods import METHODS, Method, method_named, rule_for
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim, passes
 
 TIES = METHODS["ties"]
 # As mergekit 0.1.5 has them: elects, trims, normalize, rescale.
@@ -22,16 +23,21 @@ DEFAULTS = {
     "breadcrumbs": (False, Trim.OUTLIERS, False, False),
     "breadcrumbs_ties": (True, Trim.OUTLIERS, False, False),
 }
+BLENDS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
+SUMS = [row for row in METHODS.values() if row.name in DEFAULTS]
 
 
 def test_the_rows_are_mergekit_s() -> None:
     rows = {row.name: (row.elect, row.trim, row.normalize, row.rescale) for row in METHODS.values()}
-    assert rows == DEFAULTS
-    assert [name for name, row in METHODS.items() if not row.task_vector] == ["linear"]
+    plain = (False, Trim.NONE, False, False)
+    assert rows == DEFAULTS | dict.fromkeys((*BLENDS, "passthrough"), plain)
+    assert [name for name, row in METHODS.items() if row.blend] == list(BLENDS)
+    relative = [name for name, row in METHODS.items() if row.task_vector]
+    assert relative == [*(name for name in DEFAULTS if name != "linear"), "model_stock"]
     assert {row.density for row in METHODS.values()} == {1.0}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("method", SUMS, ids=lambda row: row.name)
 def test_defaults_reach_the_rule(method: Method) -> None:
     rule = rule_for(method, weights=[1, 0.5])
     assert rule == Rule(
@@ -162,7 +168,7 @@ def test_passes(name: str, densities: list[float] | None, rescale: bool | None, 
     assert passes(rule_for(METHODS[name], weights=[1], densities=densities, rescale=rescale)) == number
 
 
-@pytest.mark.parametrize("name", ["tie", "ties_", "TIES", "dare-ties", "slerp", ""])
+@pytest.mark.parametrize("name", ["tie", "ties_", "TIES", "dare-ties", "slurp", ""])
 def test_unknown_methods_list_the_known(name: str) -> None:
     with pytest.raises(RecipeError) as caught:
         method_named(name)
@@ -192,7 +198,7 @@ def test_explain_follows_the_row(method: Method) -> None:
     assert ("none" in lines["trim"]) == (method.trim is Trim.NONE)
     assert lines["elect"].startswith("none") != method.elect
     assert ("divided by" in lines["combine"]) == method.normalize
-    assert lines["passes"][0] == ("2" if method.rescale else "1")
+    assert lines["passes"][0] == ("2" if method.rescale or method.blend else "1")
     assert ("k-th largest" in lines["statistics"]) == (method.trim is Trim.MAGNITUDE)
     assert ("K + 1" in lines["bytes"]) == method.task_vector
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import METHODS
 from made import recipe_text, write_checkpoint
 
 import pymerge
@@ -20,7 +21,6 @@ from pymerge.demo_check import Expectation, expected
 from pymerge.dtypes import DType
 from pymerge.errors import CheckpointError, OutputError
 from pymerge.job import TensorJob
-from pymerge.methods import METHODS
 from pymerge.planner import Plan, make_plan
 from pymerge.recipe import parse_recipe
 from pymerge.rule import Scope

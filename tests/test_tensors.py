@@ -9,11 +9,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from cases import METHODS
 
 import pymerge
 from pymerge import merge_tensors
 from pymerge.errors import BackendError, PymergeError, RecipeError
-from pymerge.methods import METHODS
 
 K = 3
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DATA, F16, F32, F64, METHODS, Case, Group, bits, expected, golden_cases
+from cases import BF16, DATA, F16, F32, F64, ON_DEVICES, Case, Group, bits, expected, golden_cases
 from harness import assert_same_bits
 from interpreter import quick_interpreter
 
@@ -32,7 +32,7 @@ from pymerge.backends import triton_tables  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="takes minutes in the interpreter; needs a GPU")
-COMBINATIONS = list(itertools.product(METHODS, ["bf16", "f16", "f32"], DATA))
+COMBINATIONS = list(itertools.product(ON_DEVICES, ["bf16", "f16", "f32"], DATA))
 SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
 
 
@@ -75,7 +75,7 @@ def test_every_method_type_and_kind_of_data(method: str, dtypes: str, data: str)
     check(simple(method, size, k, dtypes=dtypes, data=data, ties=list(ThresholdTies)[turn % 2]))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ON_DEVICES)
 def test_many_experts(method: str) -> None:
     check(simple(method, 100, 33))
 

@@ -9,6 +9,19 @@ enum class Trim : int { none = 0, magnitude = 1, random = 2, outliers = 3 };
 // Whether a trim goes by thresholds, which have to be searched for.
 PM_HD constexpr bool by_magnitude(Trim trim) { return trim == Trim::magnitude || trim == Trim::outliers; }
 
+// What the coefficients of a linear map are computed from the inputs' Gram matrix as.
+enum class Blend : int { none = 0, slerp = 1, nuslerp = 2, multislerp = 3, karcher = 4, model_stock = 5 };
+
+// What one Gram matrix is taken over: the whole tensor, each row (last axis), or each column (first axis).
+enum class Vectors : int { tensor = 0, rows = 1, columns = 2 };
+
+struct Blending {
+  Blend kind = Blend::none;
+  Vectors vectors = Vectors::tensor;
+  double t = 0, eps = 0, tol = 0;
+  int max_iter = 0;
+};
+
 // How a map kernel treats entries whose fate the bracket leaves open.
 enum class Collect : int {
   no = 0,     // thresholds are final

@@ -30,6 +30,7 @@ KernelSet<typename T::Work> make_kernel_set() {
   set.open_keys = StatsKernel<V, T>::open_keys;
   set.count_open = StatsKernel<V, T>::count_open;
   set.masses = StatsKernel<V, T>::masses;
+  set.gram = GramKernel<V, T>::run;
   return set;
 }
 

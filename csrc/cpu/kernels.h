@@ -28,6 +28,8 @@ struct KernelSet {
                     OpenKeys<Bits>* to);
   int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
+  void (*gram)(const void* base, const void* const* input, int inputs, int64_t count, double* lanes,
+               double* scratch);
 
   MapFn<Work> map(const MapShape& s) const {
     if (!s.base) return linear;

@@ -1,11 +1,8 @@
 // Statistics of one expert's task vector, over the same lanes as the map kernel: keys, masses, open keys.
 #pragma once
-#include "map.h"
+#include "gram.h"
 
 namespace pm {
-
-constexpr int kVirtualLanes = 16;        // partial sums of a reduction, the same on every processor
-constexpr int64_t kReduceBlock = 65536;  // elements that are summed before blocks are added in order
 
 // A reduction's running state for one expert and one block: all magnitudes, and those kept.
 struct Masses {

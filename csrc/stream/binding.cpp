@@ -28,6 +28,12 @@ Rule make_rule(const py::dict& d) {
   rule.weight = d["weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
   rule.gamma = d["gammas"].cast<std::vector<double>>();
+  rule.blend.kind = Blend(d["blend"].cast<int>());
+  rule.blend.vectors = Vectors(d["vectors"].cast<int>());
+  rule.blend.t = d["t"].cast<double>();
+  rule.blend.eps = d["eps"].cast<double>();
+  rule.blend.tol = d["tol"].cast<double>();
+  rule.blend.max_iter = d["max_iter"].cast<int>();
   return rule;
 }
 
@@ -57,13 +63,14 @@ Region make_region(const int64_t* row) {
 // meanwhile.
 class Run {
  public:
-  // jobs: rows of (count, rule or -1, cast code or -1, inputs); outs: one region row per job; given:
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs, row); outs: one region row per job; given:
   // thresholds per group, or nothing.
   Run(const py::buffer& jobs, const py::buffer& keys, const py::buffer& inputs, const py::buffer& outs,
       const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups, std::vector<int> files,
       const py::dict& settings, const CutList& given)
       : groups_(std::move(groups)) {
-    const Table<int64_t, 4> job_rows(jobs), input_rows(inputs), out_rows(outs);
+    const Table<int64_t, 5> job_rows(jobs);
+    const Table<int64_t, 4> input_rows(inputs), out_rows(outs);
     const Table<uint64_t, 1> key_rows(keys);
     if (key_rows.rows() != job_rows.rows() || out_rows.rows() != job_rows.rows())
       throw std::invalid_argument("expected one key and one output for each job");
@@ -80,6 +87,7 @@ class Run {
       t.has_cast = job[2] >= 0;
       if (t.has_cast) t.cast = DType(job[2]);
       t.inputs = int32_t(job[3]);
+      t.row = job[4];
       t.key = *key_rows.row(j);
       t.input = regions_.data() + next;
       t.out = make_region(out_rows.row(j));

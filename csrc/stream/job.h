@@ -28,10 +28,12 @@ struct Rule {
   Trim trim = Trim::none;
   double lambda = 1;
   std::vector<double> weight, density, gamma;
+  Blending blend;
 };
 
 struct TensorJob {
   int64_t count = 0;
+  int64_t row = 0;    // elements of a row, for blends of rows or columns; 0: all
   int32_t rule = -1;  // -1: inputs must be equal and are copied
   bool has_cast = false;
   DType cast = DType::f32;

@@ -1,5 +1,6 @@
 // Merges one group: exact thresholds and the output in one reading of the inputs (Crew = who does the work).
 #pragma once
+#include "../core/blend.h"
 #include "bracket.h"
 #include "tensor_params.h"
 
@@ -7,6 +8,18 @@ namespace pm {
 
 template <class Work>
 void merge_group(Group<Work>& group, Crew& crew);
+
+// Merges one tensor by a blend: the Gram matrix of its inputs first, then a linear map.
+template <class Work>
+void blend_group(const Group<Work>& group, Crew& crew);
+
+// The same where every column is a vector of its own.
+template <class Work>
+void blend_columns(const Group<Work>& group, Crew& crew);
+
+// The coefficients of one vector; StreamError where there are none.
+template <class Work>
+Coefficients group_coefficients(const Group<Work>& group, const Gram& gram);
 
 // The exact place of every cut by counting passes over the inputs; needs no luck and little memory.
 template <class Work>

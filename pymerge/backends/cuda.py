@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pymerge.backends.philox import tensor_key
 from pymerge.errors import BackendError
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim, check_rule
 
 TRIMS = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -105,6 +105,7 @@ def merge_tensors(
     All contiguous, on one device, f16, bf16 or f32 in any mix. Returns as soon as the work is queued.
     Raises BackendError for other element types, too many experts, or if the device has too little memory.
     """
+    check_rule(rule, "cuda")
     module = kernels or load_kernels()
     chosen = knobs or Knobs()
     if len(rule.weights) > module.most_experts:

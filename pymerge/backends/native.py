@@ -14,9 +14,11 @@ from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Blend, Blending, Rule, Scope, ThresholdTies, Trim, Vectors
 
 _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
+_BLEND_CODE: dict[Blend | None, int] = {None: 0} | {blend: code for code, blend in enumerate(Blend, 1)}
+_VECTORS_CODE = {vectors: code for code, vectors in enumerate(Vectors)}
 _NO_FILE = -1
 
 
@@ -203,7 +205,7 @@ class _RuleTable:
 
 
 def _rule_row(rule: Rule) -> dict[str, object]:
-    return {
+    return _blend_row(rule.blend) | {
         "task_vector": rule.task_vector,
         "trim": _TRIM_CODE[rule.trim],
         "elect": rule.elect,
@@ -217,6 +219,18 @@ def _rule_row(rule: Rule) -> dict[str, object]:
     }
 
 
+def _blend_row(blend: Blending | None) -> dict[str, object]:
+    given = blend or Blending(Blend.SLERP)
+    return {
+        "blend": _BLEND_CODE[blend.kind if blend else None],
+        "vectors": _VECTORS_CODE[given.vectors],
+        "t": given.t,
+        "eps": given.eps,
+        "tol": given.tol,
+        "max_iter": given.max_iter,
+    }
+
+
 def _inputs(job: TensorJob) -> tuple[Region, ...]:
     return job.experts if job.base is None else (job.base, *job.experts)
 
@@ -225,9 +239,9 @@ def _code(dtype: DType | None) -> int:
     return -1 if dtype is None or dtype.code is None else dtype.code
 
 
-def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int]:
-    number = -1 if job.rule is None else rules.number(job.rule)
-    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None)
+def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int, int]:
+    number = -1 if job.rule is None or job.is_copy else rules.number(job.rule)
+    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None), job.row
 
 
 def _key(job: TensorJob) -> int:

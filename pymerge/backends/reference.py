@@ -38,6 +38,14 @@ none.
 
 Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
 
+Blend. The coefficients c_k come from the inputs: G_ij, the f64 products of x_i and x_j (of d_i and d_j where
+there is a base) summed in the fixed order of `ordered_sum`, then a formula of `blend.py` in f64. A result is
+round(sum of x_k * c_k), or round(b + sum of d_k * c_k) so that small updates are not lost in the base: c_k
+rounded to the working type first, every operation once, sequential in k from +0. Vectors ROWS and COLUMNS do
+so for each row (last axis) or column (first axis) as if it were a tensor.
+
+Copy. Where cast and output have the input's type the result is the input, NaNs and signs of zero included.
+
 Rescale. scale_k = sum|d| / sum|kept d| per tensor and expert, both sums f64 in a fixed order (`ordered_sum`),
 the quotient taken in f64 and rounded to the working type; 1 if either sum < 1e-7, or
 where nothing is trimmed (density >= 1, or a method without a trim).
@@ -51,8 +59,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from pymerge.backends.blend import coefficients
 from pymerge.backends.philox import element_words, keep_below, tensor_key
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.errors import CheckpointError
+from pymerge.rule import Blending, Rule, Scope, ThresholdTies, Trim, Vectors
 
 REDUCTION_BLOCK = 65_536
 REDUCTION_LANES = 16
@@ -87,14 +97,25 @@ def merge_group(
 
     `experts[i][k]` is tensor i of expert k, `bases[i]` its base (None for linear). `cast`: inputs are rounded
     to it first. Scope MODEL takes one threshold over the group; scope TENSOR treats each tensor alone.
-    Inputs are not modified. Raises ValueError when base and rule, or the numbers of experts, do not agree.
+    Inputs are not modified. Raises ValueError when base and rule, or the numbers of experts, do not agree,
+    CheckpointError where a blend has no result.
     """
     check_group(names, bases, experts, rule)
     if not names:
         return []
     shapes = [xs[0].shape for xs in experts]
     inputs = [[prepare(x, cast) for x in xs] for xs in experts]
-    if bases is None:
+    if rule.copy and all(
+        (xs[0].dtype, cast or dtype) == (dtype, dtype) for xs, dtype in zip(experts, out_dtypes, strict=True)
+    ):
+        return [xs[0].detach().clone() for xs in experts]
+    if rule.blend is not None:
+        origins: Sequence[Tensor | None] = [None] * len(names) if bases is None else bases
+        merged = [
+            blend_tensor(name, b if b is None else prepare(b, cast), xs, shape, rule, rule.blend)
+            for name, b, xs, shape in zip(names, origins, inputs, shapes, strict=True)
+        ]
+    elif bases is None:
         merged = [combine_linear(in_working_type(xs), rule) for xs in inputs]
     else:
         with_base = [in_working_type([prepare(b, cast), *xs]) for b, xs in zip(bases, inputs, strict=True)]
@@ -259,26 +280,74 @@ def rescale(d: Tensor, keep: Tensor, density: float) -> Tensor:
 
 
 def ordered_sum(x: Tensor) -> Tensor:
-    """The f64 sum of a flat f64 tensor, in the one order that all backends use.
+    """The f64 sums over the last axis of an f64 tensor, in the one order that all backends use.
 
     Element i of a block of 65,536 adds to lane i % 16 in index order; the lanes of a block add up in order
     0..15; the blocks add up in index order. Padding with +0 changes no bit of a sum that starts at +0.
     """
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
-    rows = min(REDUCTION_BLOCK, -(-x.numel() // REDUCTION_LANES) * REDUCTION_LANES) // REDUCTION_LANES
+    *lead, size = x.shape
+    total = torch.zeros(lead, dtype=torch.float64, device=x.device)
+    rows = min(REDUCTION_BLOCK, -(-size // REDUCTION_LANES) * REDUCTION_LANES) // REDUCTION_LANES
     if rows == 0:
         return total
-    padding = -x.numel() % (rows * REDUCTION_LANES)
-    blocks = torch.nn.functional.pad(x, (0, padding)).view(-1, rows, REDUCTION_LANES)
-    lanes = torch.zeros_like(blocks[:, 0])
-    for row in blocks.unbind(1):
+    padding = -size % (rows * REDUCTION_LANES)
+    blocks = torch.nn.functional.pad(x, (0, padding)).view(*lead, -1, rows, REDUCTION_LANES)
+    lanes = torch.zeros_like(blocks[..., 0, :])
+    for row in blocks.unbind(-2):
         lanes = lanes + row
-    sums = torch.zeros_like(lanes[:, 0])
-    for lane in lanes.unbind(1):
+    sums = torch.zeros_like(lanes[..., 0])
+    for lane in lanes.unbind(-1):
         sums = sums + lane
-    for block in sums:
+    for block in sums.unbind(-1):
         total = total + block
     return total
+
+
+# -- blend --------------------------------------------------------------------------------------------------
+
+
+def blend_tensor(
+    name: str, base: Tensor | None, inputs: Sequence[Tensor], shape: torch.Size, rule: Rule, blend: Blending
+) -> Tensor:
+    """One merged tensor in the working type, by coefficients that come from the inputs."""
+    if base is None:
+        origin, deltas = None, in_working_type(inputs)
+    else:
+        origin, *experts = in_working_type([base, *inputs])
+        deltas = [x - origin for x in experts]
+    if deltas[0].numel() == 0:
+        return deltas[0]
+    parts = [vectors_of(d, shape, blend.vectors) for d in deltas]
+    found = [coefficients(rule, matrix) for matrix in gram(parts).tolist()]
+    if None in found:
+        raise CheckpointError(
+            f"tensor {name!r}: the weighted directions of the inputs cancel, so they have no mean;"
+            " change a weight"
+        )
+    factors = torch.tensor(found, dtype=torch.float64).to(parts[0])
+    merged = torch.zeros_like(parts[0])
+    for k, part in enumerate(parts):
+        merged = merged + part * factors[:, k, None]
+    flat = (merged.t() if blend.vectors is Vectors.COLUMNS else merged).reshape(-1)
+    return flat if origin is None else origin + flat
+
+
+def vectors_of(x: Tensor, shape: torch.Size, vectors: Vectors) -> Tensor:
+    """The vectors of a flat tensor that has the shape `shape`, as the rows of a matrix."""
+    if vectors is Vectors.COLUMNS:
+        return x.view(shape[0] if shape else 1, -1).t()
+    return x.view(-1, shape[-1] if shape and vectors is Vectors.ROWS else x.numel())
+
+
+def gram(parts: Sequence[Tensor]) -> Tensor:
+    """All inner products of K inputs, f64, [V, K, K] for V vectors each."""
+    wide = torch.stack([part.to(torch.float64) for part in parts])
+    products = torch.zeros((wide.shape[1], len(parts), len(parts)), dtype=torch.float64, device=wide.device)
+    for i, part in enumerate(wide):
+        row = ordered_sum(part * wide[i:]).t()
+        products[:, i, i:] = row
+        products[:, i:, i] = row
+    return products
 
 
 # -- elect and combine --------------------------------------------------------------------------------------

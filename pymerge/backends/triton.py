@@ -53,7 +53,7 @@ from pymerge.backends.triton_tables import (
 from pymerge.errors import BackendError
 from pymerge.kernels import map as kernels
 from pymerge.kernels import select, stats
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Rule, Scope, ThresholdTies, Trim, check_rule
 
 MOST_EXPERTS = 64
 
@@ -97,6 +97,7 @@ def merge_group(
     experts, and where the device's memory does not suffice; then `outs` are untouched.
     """
     settings = settings or Settings()
+    check_rule(rule, "triton")
     if len(rule.weights) > MOST_EXPERTS:
         raise BackendError(
             f"{len(rule.weights)} experts are more than the {MOST_EXPERTS} of the triton backend"
