@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -73,4 +74,7 @@ def _draft(recipe: Recipe | Path | str) -> Draft:
         return Draft(recipe)
     if isinstance(recipe, str) and "\n" in recipe:
         return parse_draft(recipe, Path.cwd())
+    if not isinstance(recipe, (str, os.PathLike)):
+        kind = type(recipe).__name__
+        raise PymergeError(f"the recipe is a {kind}, expected a path, text of several lines or a Recipe")
     return load_draft(Path(recipe))

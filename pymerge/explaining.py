@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pymerge.blending import DEFAULTS
 from pymerge.methods import Base, Method
-from pymerge.rule import READ_ONCE, Trim
+from pymerge.rule import READ_ONCE, Rule, Trim
 
 
 def explain(method: Method) -> str:
@@ -12,6 +12,21 @@ def explain(method: Method) -> str:
     lines = [f"{method.name}: {method.summary}", f"paper       {method.paper}"]
     lines += [f"{label:<12}{text}" for label, text in _explained(method)]
     return "\n".join(lines)
+
+
+def numbers_of(method: Method, rule: Rule) -> str:
+    """What a rule says beside weights and densities, for a plan."""
+    thresholds, trims = method.trim.by_magnitude, method.trim is not Trim.NONE
+    said = {
+        "scope": rule.scope.value if thresholds else None,
+        "threshold_ties": rule.threshold_ties.value if thresholds else None,
+        "gamma": ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(rule.gammas)) or None,
+        "rescale": str(rule.rescale).lower() if trims else None,
+        "normalize": None if method.own else str(rule.normalize).lower(),
+        "lambda": f"{rule.lambda_:g}" if method.task_vector and method.blend is None else None,
+        "seed": rule.seed if method.trim is Trim.RANDOM else None,
+    }
+    return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
 
 
 def _explained(method: Method) -> list[tuple[str, str]]:
@@ -30,7 +45,8 @@ def _explained(method: Method) -> list[tuple[str, str]]:
         Trim.NONE: "none: every entry takes part",
         Trim.MAGNITUDE: "keep the int(density * n) largest |d|; among equals the lowest index first (or all)",
         Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
-        Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others",
+        Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others;"
+        " fewer are dropped where both together are more than n",
     }[method.trim]
     elect = "the sign of the sum of the weighted entries; only entries of that sign go on"
     if method.name == "passthrough":

@@ -62,6 +62,8 @@ def rule_of(recipe: Recipe, method: Method, problems: list[str], notes: list[str
             options={name: recipe.parameter(experts[0], name) for name in method.own},
             has_base=recipe.base is not None,
         )
+        if rule.trim is not Trim.NONE and all(density >= 1 for density in rule.densities):
+            notes.append(f"density is 1 for every expert, so {method.name} trims nothing")
         return rule if len(problems) == before else None
     except ProblemList as error:
         problems.extend(error.problems)

@@ -19,6 +19,7 @@ from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
 from pymerge.checkpoint.sidefiles import collect
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
+from pymerge.explaining import numbers_of
 from pymerge.job import Region, TensorJob, row_of
 from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
@@ -112,8 +113,8 @@ class Plan:
     def describe(self) -> str:
         """The plan in words, one fact a line."""
         trims = self.method.trim is not Trim.NONE
-        scope = f", scope {self.scope.value}" if self.method.trim.by_magnitude else ""
-        lines = [f"method       {self.method.name}{scope}{stated(self.rule)}"]
+        numbers = numbers_of(self.method, self.rule)
+        lines = [f"method       {self.method.name}{', ' if numbers else ''}{numbers}{stated(self.rule)}"]
         weights = iter(zip(self.rule.weights, self.rule.densities, strict=True))
         for source in self.inputs:
             path = printable(str(source.checkpoint.path))
@@ -126,11 +127,14 @@ class Plan:
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
-            f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)}",
+            f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)}{self._type_written()}",
         ]
         if self.out is not None:
             lines.append(f"disk space   {self.disk_bytes:,} bytes needed, {free_bytes(self.out):,} free")
         return "\n".join(lines)
+
+    def _type_written(self) -> str:
+        return f", {self.out_dtype.torch_name}" if self.out_dtype else ""
 
     def summary(self) -> dict[str, object]:
         """The plan in numbers (bytes, counts), JSON-ready."""

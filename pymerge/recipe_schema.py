@@ -276,6 +276,8 @@ def _unknown_key(loc: tuple[int | str, ...], where: str) -> str:
             return f"{where}: {key} holds for the whole merge; give it under the top-level parameters"
         if key in UNSUPPORTED_PARAMETERS:
             return f"{where}: the parameter {key} is not supported yet"
+        if key in RECIPE:
+            return f"{where}: {key} is no parameter; give it at the top of the recipe"
     else:
         known = MODEL if parent else RECIPE
         if not parent and key in TOP_PARAMETERS:

@@ -309,7 +309,7 @@ def test_the_numbers_of_a_plan(family: Path) -> None:
     assert "ties, scope model" in plan.describe()
     assert f"expert       {family}/two (weight 1, density 0.5)" in plan.describe()
     plain = planned(family, method="linear").describe()
-    assert "method       linear\n" in plain
+    assert "method       linear, normalize true\n" in plain
     assert f"expert       {family}/two (weight 1)\n" in plain
 
 

@@ -83,11 +83,13 @@ def load_kernels() -> ModuleType:
 
 def available() -> str | None:
     """None if the kernels can run here, else what is missing."""
+    if not torch.cuda.is_available():
+        return "the cuda backend needs an NVIDIA device, its driver, and a torch that can use them"
     try:
         load_kernels()
     except BackendError as error:
         return str(error)
-    return None if torch.cuda.is_available() else "the cuda backend needs an NVIDIA device and its driver"
+    return None
 
 
 def merge_tensors(

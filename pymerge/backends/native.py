@@ -9,12 +9,18 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-from pymerge import _core
 from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
 from pymerge.rule import Blend, Blending, Rule, Scope, ThresholdTies, Trim, Vectors
+
+try:
+    from pymerge import _core
+except ImportError as error:
+    raise BackendError(
+        "pymerge's compiled core is missing: run Python outside the clone, or pip install -e . there"
+    ) from error
 
 _TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
 _BLEND_CODE: dict[Blend | None, int] = {None: 0} | {blend: code for code, blend in enumerate(Blend, 1)}
