@@ -31,8 +31,8 @@ class Budget:
 def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None) -> Budget:
     """Share out `max_memory` bytes (None: the defaults). Raises PymergeError when it is too little."""
     threads = threads or len(os.sched_getaffinity(0))
-    streams = len(plan.inputs) + 2
-    trims = plan.rule.trim.by_magnitude and any(density < 1 for density in plan.rule.densities)
+    streams = plan.streams + 2
+    trims = any(rule.trim.by_magnitude and any(d < 1 for d in rule.densities) for rule in plan.rules)
     if max_memory is None:
         tile, lists = TILE, LISTS if trims else 0
     else:
@@ -43,7 +43,7 @@ def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None
         if least > max_memory:
             raise PymergeError(
                 f"{max_memory:,} bytes of memory are too little: {threads} threads on"
-                f" {len(plan.inputs)} inputs need {least:,}"
+                f" {plan.streams} inputs need {least:,}"
             )
         lists = min(LISTS, max_memory - least + lists) if trims else 0
     return Budget(threads, tile, lists, threads * streams * tile * ELEMENT_BYTES + lists)

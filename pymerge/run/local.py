@@ -148,7 +148,7 @@ class _Runner:
         with _open_files(self.plan, jobs, outputs, self.staging.folder) as files:
             run = self.start(jobs, self.plan.scope, files, self.settings)
             report = self._watch(run, hasher)
-        self.done_bytes += bytes_read_by(jobs, self.plan.passes)
+        self.done_bytes += bytes_read_by(jobs)
         self.bytes_read += report.bytes_read
         self.bytes_written += report.bytes_written
         self.progress.update(self.done_bytes)
@@ -185,14 +185,14 @@ class _Runner:
 
     def _skip(self, number: int) -> None:
         self.resumed += 1
-        self.done_bytes += bytes_read_by(self.plan.jobs[number], self.plan.passes)
+        self.done_bytes += bytes_read_by(self.plan.jobs[number])
         self.progress.update(self.done_bytes)
 
 
 @contextmanager
 def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
     """The settings with a nameless file for undecided positions beside the output, where a trim needs one."""
-    if not plan.rule.trim.by_magnitude:
+    if not plan.method.trim.by_magnitude:
         yield settings
         return
     import tempfile  # late: 5 ms
