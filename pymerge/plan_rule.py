@@ -110,7 +110,7 @@ def rules_of(
         return None
     found = [resolvers[origin.part].rule(origin) for origin in origins]
     if len(problems) == before:
-        _check_scope(origins, found, problems)
+        _check_scope(parts, origins, found, problems)
     return found if len(problems) == before else None
 
 
@@ -185,16 +185,24 @@ class _Resolver:
 
     def _say(self, problem: str, place: str) -> None:
         """A problem once, not for every number that a gradient passes through."""
-        subject = problem.partition(" is ")[0]
+        subject = problem.partition(" is ")[0].partition(" sum to ")[0]
         if subject not in self._said:
             self._said.add(subject)
             self._problems.append(problem + place)
 
 
-def _check_scope(origins: Sequence[Origin], rules: Sequence[Rule], problems: list[str]) -> None:
+def _check_scope(
+    parts: Sequence[Part], origins: Sequence[Origin], rules: Sequence[Rule], problems: list[str]
+) -> None:
     """One threshold for each expert over all tensors needs one rule for all."""
     merged = [(origin, rule) for origin, rule in zip(origins, rules, strict=True) if origin.merges]
     if not merged or merged[0][1].scope is not Scope.MODEL:
+        return
+    if len(parts) > 1:
+        problems.append(
+            "scope: model takes each expert's entries over the whole model, which several slices do not have;"
+            " use scope: tensor"
+        )
         return
     first, rule = merged[0]
     for origin, other in merged:

@@ -70,7 +70,7 @@ def stacked(
         layers += sources[0].layers
     for number, inputs in enumerate(members):
         check_pairs(inputs, [origin.inputs for origin in origins if origin.part == number], problems)
-    notes += _notes(outside, last)
+    notes += _notes(outside, [len(sources) for sources in members])
     return Outline(origins, [len(sources[0].layers) for sources in taken], layers)
 
 
@@ -118,13 +118,19 @@ def _outside(number: int, sources: Sequence[_Taken], first: bool) -> Iterator[Or
             yield Origin(name, number, 0.0, sources[0].model.merges(name), (name,) * len(sources))
 
 
-def _notes(outside: Sequence[Origin], last: int) -> Iterator[str]:
-    """Which slice gives what lies outside the layers, where there is a choice."""
+def _notes(outside: Sequence[Origin], sources: Sequence[int]) -> Iterator[str]:
+    """Which slice gives what lies outside the layers; `sources`: how many each slice has."""
+    last = len(sources) - 1
     for number in (0, last) if last else ():
         names = [origin.name for origin in outside if origin.part == number]
         if names:
             listed = ", ".join(map(shown, names[:3])) + (", ..." if len(names) > 3 else "")
             yield f"outside the layers: {listed} from the sources of slices[{number}]"
+    if sources[last] > sources[0]:
+        yield (
+            f"all {sources[last]} sources of slices[{last}] give what comes after the layers; mergekit 0.1.5"
+            f" leaves out those past the {sources[0]} of slices[0]"
+        )
 
 
 class _Model:

@@ -341,9 +341,15 @@ def test_a_memory_limit_is_kept_or_refused(family: Path) -> None:
     assert budget(planned(family, method="task_arithmetic")).lists == 0
 
 
-def test_a_mixture_of_experts_is_planned_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("weight", "rules"), [(1.0, 1), ([{"filter": "expert.1", "value": [0, 1]}, {"value": [1, 2]}], 119)]
+)
+def test_a_mixture_of_experts_is_planned_in_seconds(
+    weight: object, rules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """36,000 tensors in nine models; the bound is loose, a quadratic step would exceed it a hundredfold."""
-    entries = {f"layer.{n}": TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n in range(36_000)}
+    names = [f"layer.{n // 600}.expert.{n % 600}" for n in range(36_000)]
+    entries = {name: TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n, name in enumerate(names)}
     header = Header(entries, {}, "digest", 64 + 8 * 36_000, 0)
 
     def synthetic(path: Path) -> Checkpoint:
@@ -354,10 +360,11 @@ def test_a_mixture_of_experts_is_planned_in_seconds(tmp_path: Path, monkeypatch:
     names = [f"e{k}" for k in range(8)]
     for name in [*names, "base"]:
         (tmp_path / name).mkdir()
-    recipe = parse_recipe(recipe_text("ties", names, "base", density=0.5), tmp_path)
+    text = recipe_text("ties", names, "base", weight=weight, density=0.5)  # type: ignore[arg-type]
+    recipe = parse_recipe(text, tmp_path)
     began = time.process_time()
     plan = make_plan(recipe, tmp_path / "out")
     seconds = time.process_time() - began
     assert (plan.tensors, len(plan.inputs)) == (36_000, 9)
-    assert len({id(job.rule) for shard in plan.jobs for job in shard}) == 1
+    assert len({id(job.rule) for shard in plan.jobs for job in shard}) == len(plan.rules) == rules
     assert seconds < 30
