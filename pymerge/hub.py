@@ -11,6 +11,12 @@ _NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
 # What lies in folders of a repository (other formats, other parts of a pipeline) is not read.
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*")
 UNWANTED = ("*/*",)
+_REASONS = {
+    "GatedRepoError": "its owner has to grant access first",
+    "RepositoryNotFoundError": "there is no such model, or it is private",
+    "RevisionNotFoundError": "it has no such revision",
+    "LocalEntryNotFoundError": "it is not in the cache, and the hub is switched off or out of reach",
+}
 
 
 def is_hub_name(text: str) -> bool:
@@ -39,6 +45,9 @@ def fetch(name: str, revision: str | None) -> Path:
 
 
 def _reason(error: Exception) -> str:
-    """The library's own words, one sentence of them."""
+    """Why, by the library's kind of error; else the first sentence of its own words."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _REASONS:
+            return _REASONS[kind.__name__]
     words = " ".join(str(error).split())
     return re.split(r"(?<=[a-z)'])\. ", words)[0].rstrip(".") if words else type(error).__name__

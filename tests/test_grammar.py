@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from made import write_checkpoint
 
 from pymerge.errors import ProblemList, PymergeError, RecipeError
 from pymerge.parameters import EVERY, Case, Conditional, Gradient, cases_of, value_at
@@ -316,6 +319,39 @@ def test_a_hub_name_that_is_not_found(folder: Path, hub: Hub) -> None:
     assert problems(text, folder) == (
         f"models[0].model: no such file or folder: {folder}/org/none or {Path.cwd()}/org/none; org/none"
         " cannot be had from the Hugging Face hub: 404 Client Error",
+    )
+
+
+@pytest.mark.parametrize("reference", ["org/name", "org/name@v1"])
+def test_the_cache_is_enough_where_the_hub_is_switched_off(reference: str, tmp_path: Path) -> None:
+    """With the library itself; another process, because it reads its settings when it is imported."""
+    pytest.importorskip("huggingface_hub")
+    repository = tmp_path / "cache" / "models--org--name"
+    write_checkpoint(repository / "snapshots" / "0123456789", 1)
+    (repository / "refs").mkdir()
+    for name in ("main", "v1"):
+        (repository / "refs" / name).write_text("0123456789")
+    model = f"{{model: {reference}, parameters: {{weight: 1}}}}"
+    recipe = f"merge_method: linear\nmodels: [{model}, {{model: org/other, parameters: {{weight: 1}}}}]"
+    (tmp_path / "two.yml").write_text(recipe)
+    (tmp_path / "one.yml").write_text(recipe.replace(", {model: org/other, parameters: {weight: 1}}", ""))
+    settings = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = [
+        subprocess.run(
+            [sys.executable, "-m", "pymerge", "plan", f"{name}.yml"],
+            cwd=tmp_path,
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for name in ("one", "two")
+    ]
+    assert f"{repository}/snapshots/0123456789 (weight 1)" in done[0].stdout
+    assert done[1].stderr == (
+        f"pymerge: models[1].model: no such file or folder: org/other or {tmp_path}/org/other; org/other"
+        " cannot be had from the Hugging Face hub: it is not in the cache, and the hub is switched"
+        " off or out of reach\n"
     )
 
 
