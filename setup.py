@@ -55,8 +55,14 @@ def architectures():
     if not shutil.which("nvidia-smi"):
         return []
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True).stdout
-    return sorted({found.replace(".", "") for found in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}, key=int)
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, errors="replace", timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = {int(number.replace(".", "")) for number in re.findall(r"^\d+\.\d$", said, re.MULTILINE)}
+    # A newer card of the same generation runs what its oldest relative does; an older card runs nothing here.
+    nearest = {max((n for n in map(int, ARCHITECTURES) if n <= card), default=0) for card in found}
+    return [str(number) for number in sorted(nearest - {0})]
 
 
 def architecture_flags(numbers):

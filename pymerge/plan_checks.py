@@ -51,11 +51,11 @@ def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
         return []
     first, others = inputs[0], inputs[1:]
     table = first.checkpoint.tensors
-    _check_dtypes(first, problems)
+    check_dtypes(first, problems)
     for other in others:
         found = other.checkpoint.tensors
         _check_names(first, other, problems)
-        _check_dtypes(other, problems)
+        check_dtypes(other, problems)
         clashes = (
             clash
             for name, ref in table.items()
@@ -65,6 +65,23 @@ def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
     if not table:
         problems.append(f"{first.label} has no tensors")
     return [name for name, _ in sorted(table.items(), key=_file_order)]
+
+
+def check_pairs(inputs: Sequence[Input], rows: Sequence[tuple[str, ...]], problems: list[str]) -> None:
+    """Tensors that are merged under different names must exist and fit; `rows`: one name for each input."""
+    first = inputs[0]
+    table = first.checkpoint.tensors
+    for number, other in enumerate(inputs):
+        found = other.checkpoint.tensors
+        if missing := [row[number] for row in rows if row[number] not in found]:
+            problems.append(f"{other.label} lacks {_named(missing)} that other sources of its slice have")
+        pairs = ((row[number], table.get(row[0]), found.get(row[number])) for row in rows)
+        clashes = (
+            clash
+            for name, ours, theirs in pairs
+            if ours and theirs and (clash := _clash(name, ours, theirs, first))
+        )
+        _report(f"{other.label}: ", "tensors that do not fit", clashes, problems)
 
 
 def _file_order(item: tuple[str, TensorRef]) -> tuple[int, int, str]:
@@ -88,7 +105,8 @@ def _named(names: Sequence[str]) -> str:
     return f"{len(names):,} tensors ({listed}{more})"
 
 
-def _check_dtypes(source: Input, problems: list[str]) -> None:
+def check_dtypes(source: Input, problems: list[str]) -> None:
+    """Refuse element types that can be neither merged nor copied."""
     bad = (
         f"tensor {shown(name)} is {ref.entry.dtype.header_name}, which cannot be merged"
         for name, ref in source.checkpoint.tensors.items()

@@ -31,20 +31,22 @@ class Budget(NamedTuple):
 def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None) -> Budget:
     """Share out `max_memory` bytes (None: the defaults). Raises PymergeError when it is too little."""
     threads = threads or len(os.sched_getaffinity(0))
-    streams = len(plan.inputs) + 2
-    trims = plan.rule.trim.by_magnitude and any(density < 1 for density in plan.rule.densities)
+    streams = plan.streams + 2
+    trims = any(rule.trim.by_magnitude and any(d < 1 for d in rule.densities) for rule in plan.rules)
     if max_memory is None:
         tile, lists = TILE, LISTS if trims else 0
     else:
         tile, lists = TILE, SMALLEST_LISTS if trims else 0
-        smallest = READ_ONCE if plan.rule.blend else SMALLEST_TILE  # which it takes at once
+        smallest = (
+            READ_ONCE if any(rule.blend for rule in plan.rules) else SMALLEST_TILE
+        )  # which it takes at once
         while tile > smallest and threads * streams * tile * ELEMENT_BYTES > max_memory // 2:
             tile //= 2
         least = threads * streams * tile * ELEMENT_BYTES + lists
         if least > max_memory:
             raise PymergeError(
                 f"{max_memory:,} bytes of memory are too little: {threads} threads on"
-                f" {len(plan.inputs)} inputs need {least:,}"
+                f" {plan.streams} inputs need {least:,}"
             )
         lists = min(LISTS, max_memory - least + lists) if trims else 0
     return Budget(threads, tile, lists, threads * streams * tile * ELEMENT_BYTES + lists)

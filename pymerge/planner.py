@@ -6,6 +6,7 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,9 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pymerge.blending import stated
-from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Shard, open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
-from pymerge.checkpoint.sidefiles import collect
+from pymerge.checkpoint.sidefiles import CONFIG_NAME, collect, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
@@ -30,11 +30,12 @@ from pymerge.plan_checks import (
     check_working_types,
     free_bytes,
 )
-from pymerge.plan_rule import donor_path, experts_of, is_same, rule_of
+from pymerge.plan_rule import Part, donor_path, parts_of, rules_of
 from pymerge.plan_side import side_files
+from pymerge.plan_stack import Outline, stacked, whole
+from pymerge.plan_text import describe_parts, notes_of, uses_gradients
 from pymerge.recipe import Draft, Recipe
-from pymerge.rule import Rule, Scope, Trim
-from pymerge.text import printable
+from pymerge.rule import Rule, Scope
 from pymerge.version import NUMERICS_VERSION, VERSION
 
 T = TypeVar("T")
@@ -46,7 +47,9 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 class Plan:
     """Everything about one merge that headers can tell.
 
-    `inputs`: the base first (where the method has one), then the experts in recipe order.
+    `inputs`: bases first (where the method has one), then the experts in recipe order.
+    `parts`: the slices of the output, or all of it; `counts`: how many layers each has, as far as is known.
+    `rules`: those of the jobs, without repetition.
     `shards`: all input files by number; output file i has the number `len(shards) + i` in the jobs' regions.
     `side_files`: what lies beside the weights (configuration and tokenizer of the base, recipe, index).
     `notes`: what the recipe gives and the method does not use, one sentence each.
@@ -54,7 +57,9 @@ class Plan:
 
     recipe: Recipe
     method: Method
-    rule: Rule
+    rules: tuple[Rule, ...]
+    parts: tuple[Part, ...]
+    counts: tuple[int, ...]
     out: Path | None
     out_dtype: DType | None
     inputs: tuple[Input, ...]
@@ -69,17 +74,22 @@ class Plan:
     @property
     def scope(self) -> Scope:
         """What the thresholds are taken over."""
-        return self.rule.scope
+        return self.rules[0].scope
 
     @property
     def passes(self) -> int:
-        """How often the inputs are read; small tensors perhaps less often."""
+        """How often the inputs are read, at most; small tensors perhaps less often."""
         return max((job.reads for shard in self.jobs for job in shard), default=1)
 
     @property
     def experts(self) -> int:
-        """How many models are merged, the base of a task-vector method not counted."""
-        return len(self.rule.weights)
+        """How many models are merged, those that are only a task-vector method's base not counted."""
+        return sum(not source.is_base for source in self.inputs)
+
+    @property
+    def streams(self) -> int:
+        """How many inputs a tensor has, at most."""
+        return max(len(part.members) for part in self.parts)
 
     @property
     def disk_bytes(self) -> int:
@@ -112,18 +122,9 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in words, one fact a line."""
-        trims = self.method.trim is not Trim.NONE
-        numbers = numbers_of(self.method, self.rule)
-        lines = [f"method       {self.method.name}{', ' if numbers else ''}{numbers}{stated(self.rule)}"]
-        weights = iter(zip(self.rule.weights, self.rule.densities, strict=True))
-        for source in self.inputs:
-            path = printable(str(source.checkpoint.path))
-            if source.is_base:
-                lines.append(f"base         {path}")
-                continue
-            weight, density = next(weights)
-            given = f" (weight {weight:g}, density {density:g})" if trims else f" (weight {weight:g})"
-            lines.append(f"expert       {path}{given if self.method.weighted else ''}")
+        numbers = numbers_of(self.method, self.rules[0]) if len(self.rules) == 1 else ""
+        lines = [f"method       {self.method.name}{', ' if numbers else ''}{numbers}{stated(self.rules[0])}"]
+        lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
@@ -145,6 +146,7 @@ class Plan:
             "experts": [str(source.checkpoint.path) for source in self.inputs if not source.is_base],
             "tensors": self.tensors,
             "elements": self.elements,
+            "slices": len(self.recipe.slices),
             "shards": len(self.layouts),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -182,12 +184,17 @@ def make_plan(
 
 
 class _Found(NamedTuple):
-    """What a sound recipe names, and what lies there."""
+    """What a sound recipe names, and what lies there.
+
+    `members`: the inputs of each part; `rules`: one for each origin of the outline.
+    """
 
     method: Method
-    rule: Rule
+    parts: list[Part]
     inputs: list[Input]
-    names: list[str]
+    members: list[list[Input]]
+    outline: Outline
+    rules: list[Rule]
     side_files: dict[str, bytes]
     notes: list[str]
 
@@ -196,49 +203,75 @@ def _examine(
     recipe: Recipe, missing: Collection[Path], out: Path | None, problems: list[str]
 ) -> _Found | None:
     """Everything that recipe, headers and side files show; problems are added to the list."""
-    notes: list[str] = []
+    notes = list(recipe.notes)
     # A draft without a method says so itself.
     method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
-    rule = rule_of(recipe, method, problems, notes) if method else None
-    inputs = _open_inputs(recipe, method, rule, missing, problems)
-    check_configs(inputs, problems)
-    names = check_tensors(inputs, problems)
-    if rule and rule.scope is Scope.MODEL:
-        check_working_types(inputs, recipe.dtype, problems)
+    parts = parts_of(recipe, method, problems, notes)
+    inputs = _open_inputs(parts, missing, problems)
+    check_configs(list(inputs.values()), problems)
+    members, outline = _outline(recipe, parts, inputs, problems, notes)
+    rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
+    if rules and rules[0].scope is Scope.MODEL:
+        check_working_types(members[0], recipe.dtype, problems)
     donor = donor_path(recipe)
     side_files = {} if donor in missing else _collect(problems, lambda: collect(donor))
     if out is not None:
-        paths = [recipe.base] if recipe.base else []
-        paths += [entry.path for entry in recipe.models]
-        check_output(out, [path for path in paths if path not in missing], problems)
-    if method is None or rule is None or side_files is None:
+        check_output(out, [path for path in recipe.paths if path not in missing], problems)
+    if method is None or rules is None or side_files is None:
         return None
-    return _Found(method, rule, inputs, names, side_files, notes)
+    notes += notes_of(recipe, outline.origins)
+    config = side_files.get(CONFIG_NAME)
+    if outline.layers and config is not None and not states_layers(config):
+        notes.append(f"config.json states no number of layers; the output has {len(outline.layers)}")
+    return _Found(method, parts, list(inputs.values()), members, outline, rules, side_files, notes)
+
+
+def _outline(
+    recipe: Recipe,
+    parts: Sequence[Part],
+    inputs: Mapping[str, Input],
+    problems: list[str],
+    notes: list[str],
+) -> tuple[list[list[Input]], Outline]:
+    """The inputs of each part, and the output; nothing of it where anything is wrong with them."""
+    before = len(problems)
+    if not recipe.slices:
+        readable = list(inputs.values())
+        names = check_tensors(readable, problems)
+        sound = readable and len(problems) == before
+        return [readable], whole(names, readable, uses_gradients(recipe)) if sound else Outline()
+    if problems or any(_key(entry.path) not in inputs for part in parts for entry in part.members):
+        return [], Outline()
+    members = [[inputs[_key(entry.path)] for entry in part.members] for part in parts]
+    return members, stacked(parts, members, problems, notes)
 
 
 def _laid_out(
     recipe: Recipe, found: _Found, out: Path | None, max_shard_bytes: int, dtype: DType | None
 ) -> Plan:
-    inputs, rule = found.inputs, found.rule
     out_dtype = dtype or recipe.out_dtype or recipe.dtype
-    layouts = lay_out(_outputs(inputs, found.names, out_dtype), max_shard_bytes)
-    shards = tuple(shard for source in inputs for shard in source.checkpoint.shards)
-    jobs = _jobs(inputs, layouts, len(shards), rule, recipe.dtype)
+    layouts = lay_out(_outputs(found, out_dtype), max_shard_bytes)
+    shards = tuple(shard for source in found.inputs for shard in source.checkpoint.shards)
+    jobs = _jobs(found, layouts, len(shards), recipe.dtype)
     donor = donor_path(recipe)
+    used = {id(job.rule): job.rule for shard in jobs for job in shard if job.rule}
+    sides = side_files(donor, found.side_files, recipe.text, layouts, jobs, found.outline.layers)
     return Plan(
         recipe=recipe,
         method=found.method,
-        rule=rule,
+        rules=tuple(used.values()) or (found.rules[0],),
+        parts=tuple(found.parts),
+        counts=tuple(found.outline.counts),
         out=out,
         out_dtype=out_dtype,
-        inputs=tuple(inputs),
+        inputs=tuple(found.inputs),
         shards=shards,
-        side_files=side_files(donor, found.side_files, recipe.text, layouts, jobs),
+        side_files=sides,
         layouts=layouts,
         jobs=jobs,
         bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
-        notes=tuple(found.notes),
+        notes=tuple(dict.fromkeys(found.notes)),
     )
 
 
@@ -253,70 +286,73 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
     return None
 
 
-def _open_inputs(
-    recipe: Recipe,
-    method: Method | None,
-    rule: Rule | None,
-    missing: Collection[Path],
-    problems: list[str],
-) -> list[Input]:
-    """The readable inputs: base first where the experts are relative to one, then the experts."""
-    experts = experts_of(recipe, method) if method else recipe.models
-    paths = [(entry.path, False) for entry in experts]
-    # Where there is no rule the base is opened all the same, to see what is wrong with it.
-    if recipe.base is not None and (rule is None or rule.task_vector):
-        base = recipe.base
-        paths = [(base, True)] + [(path, False) for path, _ in paths if not is_same(path, base)]
-    inputs: list[Input] = []
+def _key(path: Path) -> str:
+    """What tells inputs apart, however the recipe writes them."""
+    return os.path.realpath(path)
+
+
+def _open_inputs(parts: Sequence[Part], missing: Collection[Path], problems: list[str]) -> dict[str, Input]:
+    """The readable inputs: bases first, then the experts."""
+    bases = [part.base.path for part in parts if part.base]
+    experts = [entry.path for part in parts for entry in part.experts]
+    merged = set(map(_key, experts))
+    inputs: dict[str, Input] = {}
     first = 0
-    for path, is_base in paths:
-        if path in missing:
+    for path in [*bases, *experts]:
+        key = _key(path)
+        if path in missing or key in inputs:
             continue
         checkpoint = _collect(problems, partial(open_checkpoint, path))
         if checkpoint is not None:
-            inputs.append(Input(checkpoint, is_base, first))
+            inputs[key] = Input(checkpoint, key not in merged, first)
             first += len(checkpoint.shards)
     return inputs
 
 
-def _outputs(inputs: Sequence[Input], names: Sequence[str], out_dtype: DType | None) -> list[OutputTensor]:
-    tables = [source.checkpoint.tensors for source in inputs]
+def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:
+    tables = [[source.checkpoint.tensors for source in sources] for sources in found.members]
     outputs = []
-    for name in names:
-        entry = tables[0][name].entry
-        if not entry.dtype.mergeable:
+    for origin in found.outline.origins:
+        inputs = tables[origin.part]
+        entry = inputs[0][origin.inputs[0]].entry
+        if not origin.merges:
             dtype = entry.dtype
         elif out_dtype is not None:
             dtype = out_dtype
         else:
-            dtype = promote({table[name].entry.dtype for table in tables})
-        outputs.append(OutputTensor(name, dtype, entry.shape))
+            pairs = zip(inputs, origin.inputs, strict=True)
+            dtype = promote({table[name].entry.dtype for table, name in pairs})
+        outputs.append(OutputTensor(origin.name, dtype, entry.shape))
     return outputs
 
 
 def _jobs(
-    inputs: Sequence[Input], layouts: Sequence[ShardLayout], files: int, rule: Rule, cast: DType | None
+    found: _Found, layouts: Sequence[ShardLayout], files: int, cast: DType | None
 ) -> tuple[tuple[TensorJob, ...], ...]:
     """The jobs of each output shard, in the order of its bytes."""
-    base = next((source for source in inputs if source.is_base), None)
-    experts = [source for source in inputs if not source.is_base]
+    known = {
+        origin.name: (origin, rule) for origin, rule in zip(found.outline.origins, found.rules, strict=True)
+    }
 
     def region(source: Input, name: str) -> Region:
         ref = source.checkpoint.tensors[name]
         return Region(ref.entry.dtype, ref.entry.begin, source.first_file + ref.shard)
 
     def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
-        first: TensorEntry = inputs[0].checkpoint.tensors[output.name].entry
-        merges = first.dtype.mergeable
+        origin, rule = known[output.name]
+        sources = found.members[origin.part]
+        regions = tuple([region(source, name) for source, name in zip(sources, origin.inputs, strict=True)])
+        has_base = found.parts[origin.part].base is not None
+        entry = sources[0].checkpoint.tensors[origin.inputs[0]].entry
         return TensorJob(
             name=output.name,
-            count=first.count,
-            base=region(base, output.name) if base else None,
-            experts=tuple([region(source, output.name) for source in experts]),
+            count=entry.count,
+            base=regions[0] if has_base else None,
+            experts=regions[1:] if has_base else regions,
             out=Region(output.dtype, layout.offsets[output.name], files + number),
-            rule=rule if merges else None,
-            cast=cast if merges else None,
-            row=row_of(first.shape, rule),
+            rule=rule if origin.merges else None,
+            cast=cast if origin.merges else None,
+            row=row_of(entry.shape, rule),
         )
 
     return tuple(

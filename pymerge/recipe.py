@@ -7,25 +7,41 @@ All problems of one recipe are reported together, one sentence each.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, RecipeError
 from pymerge.files import read_file
 from pymerge.parameters import Parameter, Preset
+from pymerge.references import locate
+
+if TYPE_CHECKING:
+    from pymerge.recipe_schema import ModelData, ModuleData, RecipeData
+    from pymerge.recipe_values import Reference
 
 MAX_RECIPE_BYTES = 1_000_000
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class ModelEntry(NamedTuple):
-    """One input of `models`: an existing folder or file, and the parameters given with it."""
+    """One model of `models` or of a slice's `sources`: a folder or file, and the parameters given with it.
+
+    `layers`: those that a slice takes of it; None: the whole model.
+    """
 
     path: Path
+    parameters: dict[str, Parameter]
+    layers: range | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of layers of the output, merged from as many layers of each source; without slices, all of it."""
+
+    sources: tuple[ModelEntry, ...]
+    base: Path | None
     parameters: dict[str, Parameter]
 
 
@@ -33,7 +49,8 @@ class ModelEntry(NamedTuple):
 class Recipe:
     """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim.
 
-    Made by `load_recipe` or `parse_recipe`.
+    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if there is
+    one. `notes`: what has no effect, one sentence each. Made by `load_recipe` or `parse_recipe`.
     """
 
     method: str
@@ -45,10 +62,26 @@ class Recipe:
     seed: int
     preset: Preset
     text: str
+    slices: tuple[Slice, ...] = ()
+    module: dict[str, Parameter] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
-    def parameter(self, entry: ModelEntry, name: str) -> Parameter | None:
-        """The value of `name` for one model: its own, else the top level's, else None."""
-        return entry.parameters.get(name, self.parameters.get(name))
+    @property
+    def stack(self) -> tuple[Slice, ...]:
+        """The output from its first layer to its last: the slices, or the models as a single one."""
+        return self.slices or (Slice(self.models, self.base, {}),)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every model that the recipe names."""
+        bases = [self.base, *(part.base for part in self.slices)]
+        entries = [entry for part in self.stack for entry in part.sources]
+        return list(dict.fromkeys([*filter(None, bases), *(entry.path for entry in entries)]))
+
+    def scopes(self, part: Slice, entry: ModelEntry | None = None) -> tuple[Mapping[str, Parameter], ...]:
+        """Where parameters are looked up, the nearest first: those of one model, or of all models."""
+        shared = (part.parameters, self.module, self.parameters)
+        return (entry.parameters, *shared) if entry else shared
 
 
 class Draft(NamedTuple):
@@ -100,58 +133,93 @@ def parse_draft(text: str, folder: Path) -> Draft:
     from pymerge.recipe_schema import validate
     from pymerge.recipe_yaml import read_yaml
 
-    data, problems, unusable = validate(read_yaml(text))
-    if data is None:
+    try:
+        data, problems, unusable = validate(read_yaml(text))
+    except (RecursionError, ValueError, TypeError, LookupError, OverflowError) as error:
+        raise RecipeError(f"the recipe cannot be read: {type(error).__name__}") from error
+    # A slice that is wrong says nothing of the others' layers either.
+    if data is None or any(place.startswith(("slices", "modules")) for place in unusable):
         return Draft(None, tuple(problems))
+    where, module = _module(data)
+    notes: list[str] = []
+    references = {
+        place: reference for place, reference in _references(data, where, module) if place not in unusable
+    }
+    found = locate(references, folder, problems, notes)
     missing: set[Path] = set()
 
-    def found(name: str, where: str) -> Path:
-        path = None if where in unusable else _find(name, where, folder, problems)
-        if path is None:
-            path = Path(where if where in unusable else name)
-            missing.add(path)
-        return path
+    def path_of(reference: Reference, place: str) -> Path:
+        if place not in found:
+            missing.add(Path(place if place in unusable else reference.text))
+        return found.get(place) or Path(place if place in unusable else reference.text)
 
-    models = []
-    for number, model in enumerate(data["models"]):
-        models.append(ModelEntry(found(model["model"], f"models[{number}].model"), model["parameters"]))
-    _refuse_twins(models, problems)
+    def entries(models: Sequence[ModelData], place: str) -> tuple[ModelEntry, ...]:
+        made = tuple(
+            ModelEntry(
+                path_of(model["model"], f"{place}[{number}].model"),
+                model["parameters"],
+                model.get("layer_range"),
+            )
+            for number, model in enumerate(models)
+        )
+        _refuse_twins(made, place, problems)
+        return made
+
+    base = None if data["base_model"] is None else path_of(data["base_model"], "base_model")
+    slices = []
+    for number, part in enumerate(module["slices"] or ()):
+        place = f"{where}slices[{number}]"
+        own = part["base_model"]
+        if part["residual_weight"] is not None:
+            notes.append(f"{place}: residual_weight has no effect")
+        slices.append(
+            Slice(
+                entries(part["sources"], f"{place}.sources"),
+                base if own is None else path_of(own, f"{place}.base_model"),
+                part["parameters"],
+            )
+        )
     recipe = Recipe(
         method="" if "merge_method" in unusable else data["merge_method"],
-        models=tuple(models),
-        base=None if data["base_model"] is None else found(data["base_model"], "base_model"),
+        models=entries(module["models"] or (), f"{where}models"),
+        base=base,
         dtype=data["dtype"],
         out_dtype=data["out_dtype"],
         parameters=data["parameters"],
         seed=data["seed"],
         preset=data["preset"],
         text=text,
+        slices=tuple(slices),
+        module={} if module is data else module["parameters"],
+        notes=tuple(notes),
     )
     return Draft(recipe, tuple(problems), frozenset(missing))
 
 
-def _refuse_twins(models: Sequence[ModelEntry], problems: list[str]) -> None:
+def _module(data: RecipeData) -> tuple[str, ModuleData]:
+    """What is merged, and where in the recipe it stands."""
+    for name, module in (data["modules"] or {}).items():
+        return f"modules.{name}.", module
+    return "", data
+
+
+def _references(data: RecipeData, where: str, module: ModuleData) -> Iterator[tuple[str, Reference]]:
+    """Every model that is named, and its place."""
+    for number, model in enumerate(module["models"] or ()):
+        yield f"{where}models[{number}].model", model["model"]
+    for number, part in enumerate(module["slices"] or ()):
+        place = f"{where}slices[{number}]"
+        for source, model in enumerate(part["sources"]):
+            yield f"{place}.sources[{source}].model", model["model"]
+        if part["base_model"] is not None:
+            yield f"{place}.base_model", part["base_model"]
+    if data["base_model"] is not None:
+        yield "base_model", data["base_model"]
+
+
+def _refuse_twins(entries: Sequence[ModelEntry], place: str, problems: list[str]) -> None:
     seen: dict[str, int] = {}
-    for number, entry in enumerate(models):
+    for number, entry in enumerate(entries):
         first = seen.setdefault(os.path.realpath(entry.path), number)
         if first != number:
-            problems.append(f"models[{number}].model: {entry.path} is already listed as models[{first}]")
-
-
-def _find(name: str, where: str, folder: Path, problems: list[str]) -> Path | None:
-    """The existing local path that `name` means; else a problem, with what the name seems to be."""
-    given = Path(os.path.expanduser(name))  # not Path.expanduser, which raises where nobody has that name
-    candidates = [given] if given.is_absolute() else [folder / given, Path.cwd() / given]
-    for path in candidates:
-        if os.path.exists(path):
-            return path
-    # An existing path wins, so that a folder name may hold the two signs.
-    if "+" in name:
-        problems.append(f"{where}: {name}: a LoRA after '+' is not supported yet")
-    elif "@" in name:
-        problems.append(f"{where}: {name}: a revision after '@' is not supported yet")
-    else:
-        looked = " or ".join(dict.fromkeys(str(path) for path in candidates))
-        hub = "; names on the Hugging Face hub are not supported yet" if _HUB_NAME.fullmatch(name) else ""
-        problems.append(f"{where}: no such file or folder: {looked}{hub}")
-    return None
+            problems.append(f"{place}[{number}].model: {entry.path} is already listed as {place}[{first}]")

@@ -7,89 +7,78 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Hashable, Mapping
-from enum import Enum
 from functools import cache
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypedDict
 
-from pydantic_core import ErrorDetails, PydanticCustomError, SchemaValidator, ValidationError, core_schema
+from pydantic_core import ErrorDetails, SchemaValidator, ValidationError, core_schema
 
 from pymerge.dtypes import DType
-from pymerge.errors import RecipeError
-from pymerge.files import is_path
-from pymerge.parameters import Parameter, Preset, merging_dtype
+from pymerge.parameters import Parameter, Preset
+from pymerge.recipe_values import (
+    CASE_KEYS,
+    FLAG,
+    LAYERS,
+    NUMBER,
+    PATH_KEYS,
+    REFERENCE,
+    REFERENCE_KEYS,
+    SEED,
+    TAGS,
+    TEXT,
+    TYPE,
+    Key,
+    Reference,
+    listing,
+    mapping,
+    member,
+    optional,
+    otherwise,
+    required,
+)
 from pymerge.rule import Scope, ThresholdTies
 
-Form: TypeAlias = core_schema.CoreSchema
-Key: TypeAlias = core_schema.TypedDictField
-
 # Keys of mergekit's grammar that this version refuses by name.
-UNSUPPORTED_KEYS = ("slices", "modules", "tokenizer", "tokenizer_source", "chat_template", "name")
+UNSUPPORTED_KEYS = ("tokenizer", "tokenizer_source", "chat_template", "name")
 UNSUPPORTED_PARAMETERS = ("epsilon", "select_topk")
+# Exactly one of them says what is merged.
+STACKS = ("models", "slices", "modules")
 
 
 class ModelData(TypedDict):
-    """One checked entry of `models`."""
+    """One checked entry of `models`, or of a slice's `sources` (then with `layer_range`)."""
 
-    model: str
+    model: Reference
+    layer_range: range | None
     parameters: dict[str, Parameter]
 
 
-class RecipeData(TypedDict):
+class SliceData(TypedDict):
+    """One checked entry of `slices`."""
+
+    sources: list[ModelData]
+    base_model: Reference | None
+    residual_weight: object
+    parameters: dict[str, Parameter]
+
+
+class ModuleData(TypedDict):
+    """What is merged: exactly one of `models` and `slices`."""
+
+    models: list[ModelData] | None
+    slices: list[SliceData] | None
+    parameters: dict[str, Parameter]
+
+
+class RecipeData(ModuleData):
     """A checked recipe, every key present; `parameters` hold what the recipe states."""
 
     merge_method: str
-    models: list[ModelData]
-    base_model: str | None
+    modules: dict[str, ModuleData] | None
+    base_model: Reference | None
     dtype: DType | None
     out_dtype: DType | None
-    parameters: dict[str, Parameter]
     preset: Preset
     seed: int
-
-
-def _scalar(value: object) -> object:
-    """Refuse the value forms of the grammar that are not covered yet, by name."""
-    if isinstance(value, list):
-        conditional = any(isinstance(item, dict) for item in value)
-        form = "conditional lists (filter, value)" if conditional else "gradients (lists of numbers)"
-        raise PydanticCustomError("form", "{form} are not supported yet", {"form": form})
-    if isinstance(value, dict):
-        raise PydanticCustomError("form", "conditional values (filter, value) are not supported yet")
-    return value
-
-
-def _member(kind: type[Enum]) -> Form:
-    """Text that is the value of one member of an enum."""
-
-    def convert(value: object) -> Enum:
-        for member in kind:
-            if value == member.value or value is member:
-                return member
-        known = ", ".join(str(member.value) for member in kind)
-        raise PydanticCustomError(
-            "choice",
-            "{value} is not known; known are {known}",
-            {"value": reprlib.repr(value), "known": known},
-        )
-
-    return core_schema.no_info_plain_validator_function(convert)
-
-
-def _dtype(value: object) -> DType:
-    try:
-        return merging_dtype(value if isinstance(value, str) else reprlib.repr(value))
-    except RecipeError as error:
-        raise PydanticCustomError("choice", "{text}", {"text": str(error)}) from error
-
-
-def _reference(value: object) -> object:
-    if isinstance(value, dict):
-        raise PydanticCustomError("form", "model references written as mappings are not supported yet")
-    if isinstance(value, str) and value and not is_path(value):
-        raise PydanticCustomError(
-            "form", "{name} cannot be the name of a file", {"name": reprlib.repr(value)}
-        )
-    return value
 
 
 def _given(values: dict[str, Parameter | None]) -> dict[str, Parameter]:
@@ -97,65 +86,56 @@ def _given(values: dict[str, Parameter | None]) -> dict[str, Parameter]:
     return {name: value for name, value in values.items() if value is not None and name != "int8_mask"}
 
 
-def _required(form: Form) -> Key:
-    return core_schema.typed_dict_field(form, required=True)
-
-
-def _optional(form: Form) -> Key:
-    return _otherwise(None, core_schema.nullable_schema(form))
-
-
-def _otherwise(default: object, form: Form) -> Key:
-    return core_schema.typed_dict_field(core_schema.with_default_schema(form, default=default))
-
-
-def _mapping(keys: Mapping[str, Key]) -> Form:
-    return core_schema.typed_dict_schema(dict(keys), extra_behavior="forbid")
-
-
 def _parameters(keys: Mapping[str, Key]) -> Key:
-    given = core_schema.no_info_after_validator_function(_given, _mapping(keys))
+    given = core_schema.no_info_after_validator_function(_given, mapping(dict(keys)))
     return core_schema.typed_dict_field(core_schema.with_default_schema(given, default_factory=dict))
 
 
-NUMBER = core_schema.no_info_before_validator_function(
-    _scalar, core_schema.float_schema(strict=True, allow_inf_nan=False)
-)
-FLAG = core_schema.no_info_before_validator_function(_scalar, core_schema.bool_schema(strict=True))
-TEXT = core_schema.str_schema(strict=True, min_length=1)
-REFERENCE = core_schema.no_info_before_validator_function(_reference, TEXT)
-TYPE = core_schema.no_info_plain_validator_function(_dtype)
-SEED = core_schema.int_schema(strict=True, ge=0, lt=2**64)
-
 FLAGS = ("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "filter_wise")
-MODEL_PARAMETERS = {name: _optional(NUMBER) for name in ("weight", "density", "gamma", "scale")}
-TOP_PARAMETERS = {
+MODEL_PARAMETERS = {name: optional(NUMBER) for name in ("weight", "density", "gamma", "scale")}
+SLICE_PARAMETERS = {
     **MODEL_PARAMETERS,
-    "lambda": _optional(NUMBER),
-    "normalize": _optional(FLAG),
-    "rescale": _optional(FLAG),
-    **{name: _optional(NUMBER) for name in ("t", "eps", "max_iter", "tol")},
-    **{name: _optional(FLAG) for name in FLAGS},
-    "int8_mask": _optional(FLAG),
-    "scope": _optional(_member(Scope)),
-    "threshold_ties": _optional(_member(ThresholdTies)),
+    "lambda": optional(NUMBER),
+    "normalize": optional(FLAG),
+    "rescale": optional(FLAG),
+    **{name: optional(NUMBER) for name in ("t", "eps", "max_iter", "tol")},
+    **{name: optional(FLAG) for name in FLAGS},
+    "int8_mask": optional(FLAG),
 }
-MODEL = {"model": _required(REFERENCE), "parameters": _parameters(MODEL_PARAMETERS)}
+TOP_PARAMETERS = {
+    **SLICE_PARAMETERS,
+    "scope": optional(member(Scope)),
+    "threshold_ties": optional(member(ThresholdTies)),
+}
+MODEL = {"model": required(REFERENCE), "parameters": _parameters(MODEL_PARAMETERS)}
+SOURCE = {**MODEL, "layer_range": required(LAYERS)}
+SLICE = {
+    "sources": required(listing(mapping(SOURCE))),
+    "base_model": optional(REFERENCE),
+    "residual_weight": otherwise(None, core_schema.any_schema()),
+    "parameters": _parameters(SLICE_PARAMETERS),
+}
+MODULE = {
+    "models": optional(listing(mapping(MODEL))),
+    "slices": optional(listing(mapping(SLICE))),
+    "parameters": _parameters(SLICE_PARAMETERS),
+}
 RECIPE = {
-    "merge_method": _required(TEXT),
-    "models": _required(core_schema.list_schema(_mapping(MODEL), strict=True, min_length=1)),
-    "base_model": _optional(REFERENCE),
-    "dtype": _optional(TYPE),
-    "out_dtype": _optional(TYPE),
+    "merge_method": required(TEXT),
+    **MODULE,
+    "modules": optional(core_schema.dict_schema(TEXT, mapping(MODULE), strict=True, min_length=1)),
+    "base_model": optional(REFERENCE),
+    "dtype": optional(TYPE),
+    "out_dtype": optional(TYPE),
     "parameters": _parameters(TOP_PARAMETERS),
-    "preset": _otherwise(Preset.MERGEKIT, _member(Preset)),
-    "seed": _otherwise(0, SEED),
+    "preset": otherwise(Preset.MERGEKIT, member(Preset)),
+    "seed": otherwise(0, SEED),
 }
 
 
 @cache
 def _grammar() -> SchemaValidator:
-    return SchemaValidator(_mapping(RECIPE))
+    return SchemaValidator(mapping(RECIPE))
 
 
 def validate(data: object) -> tuple[RecipeData | None, list[str], set[str]]:
@@ -168,57 +148,102 @@ def validate(data: object) -> tuple[RecipeData | None, list[str], set[str]]:
     problems = [f"{key} is not supported yet" for key in UNSUPPORTED_KEYS if key in data]
     kept = {key: value for key, value in data.items() if key not in UNSUPPORTED_KEYS}
     unusable: set[str] = set()
-    if problems and "models" not in kept:
-        # slices or modules stand for models, whose absence is then no problem of its own.
-        kept["models"] = [_neutral(0)]
-        unusable.add("models[0].model")
     kept = _without_null_parameters(kept)
     try:
-        return _grammar().validate_python(kept), problems, unusable
+        return _whole(_grammar().validate_python(kept), problems), problems, unusable
     except ValidationError as error:
         details = error.errors(include_url=False)
     problems += [_sentence(detail) for detail in details]
     for detail in details:
         _mend(kept, detail, unusable)
+    if any(place.endswith(STACKS) for place in unusable):
+        return None, problems, unusable
     try:
-        return _grammar().validate_python(kept), problems, unusable
+        return _whole(_grammar().validate_python(kept), problems), problems, unusable
     except ValidationError:
         return None, problems, unusable
 
 
-def _neutral(key: int | str) -> Any:
-    """What causes no further problem in place of a wrong value; a number stands for one of `models`."""
-    parameters = {"weight": 1.0}
+def _whole(data: RecipeData, problems: list[str]) -> RecipeData | None:
+    """The recipe if it says in exactly one way what is merged; else the problem is added."""
+    before = len(problems)
+    _check_stack(data, "", STACKS, problems)
+    modules = data["modules"] or {}
+    for name, module in modules.items():
+        _check_stack(module, f"modules.{name}.", STACKS[:2], problems)
+    if len(modules) > 1:
+        names = ", ".join(map(reprlib.repr, modules))
+        problems.append(
+            f"modules: several modules ({names}) are not supported yet; tensors go by their names, so that"
+            " models alone merges all parts of a model alike"
+        )
+    return data if len(problems) == before else None
+
+
+def _check_stack(data: Mapping[str, Any], where: str, keys: tuple[str, ...], problems: list[str]) -> None:
+    given = [key for key in keys if data[key] is not None]
+    if not given:
+        others = " or ".join(keys[1:])
+        problems.append(f"{where}models: this key is required, or else {others}")
+    elif len(given) > 1:
+        problems.append(f"{where}{given[0]} and {' and '.join(given[1:])} exclude each other; give one")
+
+
+def _neutral(key: int | str, of: int | str) -> Any:
+    """What causes no further problem in place of a wrong value under `key`, or in the list under `of`."""
+    source = {"model": ".", "parameters": {"weight": 1.0}}
+    sliced = {**source, "layer_range": [0, 1]}
     if isinstance(key, int):
-        return {"model": ".", "parameters": parameters}
-    numbers = dict.fromkeys(("weight", "density", "lambda"), 1.0)
-    texts = {"merge_method": "-", "model": ".", "base_model": "."}
-    return {**numbers, **texts, "parameters": parameters}.get(key)
+        return {"models": source, "sources": sliced, "slices": {"sources": [sliced]}}.get(str(of))
+    texts = {"merge_method": "-", "model": ".", "base_model": ".", "layer_range": [0, 1]}
+    return {**texts, "parameters": {"weight": 1.0}, "sources": [sliced]}.get(key)
 
 
 def _mend(data: Any, detail: ErrorDetails, unusable: set[str]) -> None:
     """Take the value that `detail` complains of out of `data`."""
-    *path, key = detail["loc"]
-    for step in path:
+    path = list(_location(detail))
+    for wide in ("parameters", "model", "base_model"):  # what is wrong inside spoils all of the value
+        if wide in path:
+            del path[path.index(wide) + (2 if wide == "parameters" else 1) :]
+    *above, key = path
+    for step in above:
         data = data[step]
-    neutral = None if detail["type"] == "extra_forbidden" else _neutral(key)
-    if neutral is not None:
-        data[key] = neutral
-    else:
+    of = above[-1] if above else ""
+    known = detail["type"] != "extra_forbidden" or len(path) < len(_location(detail))
+    if of == "parameters" and known and key in ("weight", "density", "lambda"):
+        data[key] = 1.0
+    elif of == "parameters":
         data.pop(key, None)
-        if path and path[-1] == "parameters":
-            data.setdefault("weight", 1.0)  # which may be what the unknown key was meant to be
-    unusable.add(_place((*path, key, "model") if isinstance(key, int) else (*path, key)))
+        data.setdefault("weight", 1.0)  # which may be what the unknown key was meant to be
+    elif known and (neutral := _neutral(key, of)) is not None:
+        data[key] = neutral
+    elif isinstance(data, dict):
+        data.pop(key, None)
+    unusable.add(_place((*path, "model") if isinstance(key, int) else tuple(path)))
 
 
 def _without_null_parameters(data: dict[Hashable, Any]) -> dict[Hashable, Any]:
     """`parameters:` with nothing after it means none, as in mergekit."""
-    cleaned = {key: value for key, value in data.items() if key != "parameters" or value is not None}
-    if isinstance(cleaned.get("models"), list):
-        cleaned["models"] = [
-            _without_null_parameters(m) if isinstance(m, dict) else m for m in cleaned["models"]
-        ]
+    cleaned: dict[Hashable, Any] = {}
+    for key, value in data.items():
+        if key == "parameters" and value is None:
+            continue
+        if key in ("models", "slices", "sources") and isinstance(value, list):
+            value = [_without_null_parameters(item) if isinstance(item, dict) else item for item in value]
+        elif key == "modules" and isinstance(value, dict):
+            value = {
+                name: _without_null_parameters(item) if isinstance(item, dict) else item
+                for name, item in value.items()
+            }
+        elif key == "parameters" and isinstance(value, dict):
+            value = dict(value)
+        cleaned[key] = value
     return cleaned
+
+
+def _location(detail: ErrorDetails) -> tuple[int | str, ...]:
+    """Where it is, without the tags of pydantic_core."""
+    return tuple(part for part in detail["loc"] if part not in TAGS)
 
 
 def _kind(value: object) -> str:
@@ -234,11 +259,12 @@ def _kind(value: object) -> str:
 
 
 def _sentence(detail: ErrorDetails) -> str:
-    where = _place(detail["loc"])
+    loc = _location(detail)
+    where = _place(loc)
     value = detail.get("input")
     kind = detail["type"]
     if kind == "extra_forbidden":
-        return _unknown_key(detail["loc"], where)
+        return _unknown_key(loc, where)
     if kind == "missing":
         return f"{where}: this key is required"
     if kind in ("finite_number", "form", "choice"):
@@ -258,6 +284,8 @@ def _sentence(detail: ErrorDetails) -> str:
     }.get(kind)
     if wanted is None:
         return f"{where}: {detail['msg']}"
+    if kind == "too_short" and isinstance(value, dict):
+        wanted = "a mapping with at least one entry"
     return f"{where}: expected {wanted}, found {_kind(value)} ({reprlib.repr(value)})"
 
 
@@ -268,20 +296,36 @@ def _place(loc: tuple[int | str, ...]) -> str:
     return text
 
 
+def _known_keys(parents: tuple[int | str, ...]) -> Mapping[str, Key] | tuple[str, ...]:
+    """The keys of the mapping that lies under `parents`."""
+    names = [part for part in parents if isinstance(part, str)]
+    if "parameters" in names:
+        if names[-1] != "parameters":
+            return CASE_KEYS
+        inner = "models" in names or "sources" in names
+        return MODEL_PARAMETERS if inner else SLICE_PARAMETERS if len(names) > 1 else TOP_PARAMETERS
+    if depth := names.count("model") + names.count("base_model"):
+        return REFERENCE_KEYS if depth == 1 else PATH_KEYS
+    if not names:
+        return RECIPE
+    lists: dict[str, Mapping[str, Key]] = {"models": MODEL, "sources": SOURCE, "slices": SLICE}
+    known: Mapping[str, Key] = lists.get(names[-1], MODULE)
+    return known
+
+
 def _unknown_key(loc: tuple[int | str, ...], where: str) -> str:
-    key, parent = str(loc[-1]), loc[:-1]
-    if parent and parent[-1] == "parameters":
-        known = TOP_PARAMETERS if len(parent) == 1 else MODEL_PARAMETERS
-        if len(parent) > 1 and key in TOP_PARAMETERS:
-            return f"{where}: {key} holds for the whole merge; give it under the top-level parameters"
+    key, parents = str(loc[-1]), loc[:-1]
+    known = _known_keys(parents)
+    if parents and parents[-1] == "parameters":
+        if key in TOP_PARAMETERS:
+            level = "of a slice or of the recipe" if key in SLICE_PARAMETERS else "of the recipe"
+            return f"{where}: {key} holds for all models; give it under the parameters {level}"
         if key in UNSUPPORTED_PARAMETERS:
             return f"{where}: the parameter {key} is not supported yet"
         if key in RECIPE:
             return f"{where}: {key} is no parameter; give it at the top of the recipe"
-    else:
-        known = MODEL if parent else RECIPE
-        if not parent and key in TOP_PARAMETERS:
-            return f"{where}: {key} is a parameter; give it under parameters"
+    elif not parents and key in TOP_PARAMETERS:
+        return f"{where}: {key} is a parameter; give it under parameters"
     from difflib import get_close_matches  # late: only for what is wrong
 
     near = get_close_matches(key, known, n=1, cutoff=0.5)

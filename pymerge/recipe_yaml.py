@@ -54,7 +54,10 @@ def read_yaml(text: str) -> object:
         return loader.construct_document(node)
     except yaml.composer.ComposerError as error:
         if "single document" in str(error):
-            raise RecipeError("recipes of several YAML documents are not supported yet") from error
+            raise RecipeError(
+                "recipes of several YAML documents are not supported: write each document as a recipe of its"
+                " own, and list the folder that one gives as a model of the next"
+            ) from error
         raise RecipeError(_yaml_sentence(error)) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -63,7 +66,7 @@ def read_yaml(text: str) -> object:
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(_yaml_sentence(error)) from error
-    except (RecursionError, ValueError) as error:
+    except (RecursionError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise RecipeError(f"the recipe is not valid YAML: {type(error).__name__}: {error}") from error
     finally:
         if loader is not None:

@@ -53,7 +53,8 @@ def write_family(folder: Path) -> Path:
 
 def planned(folder: Path, method: str = "ties", top: str = "", **parameters: object) -> Plan:
     given = {"density": 0.4} if method not in ("linear", "task_arithmetic") else {}
-    text = recipe_text(method, ["one", "two"], "base", weight=0.5, **(given | parameters))
+    base = None if method == "linear" else "base"
+    text = recipe_text(method, ["one", "two"], base, weight=0.5, **(given | parameters))
     if top:
         text = text[: text.rindex("}")] + f", {top}}}"
     return make_plan(parse_recipe(text, folder), folder / "out", max_shard_bytes=SMALL_SHARDS)

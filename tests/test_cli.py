@@ -59,7 +59,7 @@ def test_merge_as_json(family: Path) -> None:
 
 
 def test_quiet_is_quiet_and_notes_are_not(family: Path) -> None:
-    (family / "recipe.yml").write_text(recipe_text("linear", ["one", "two"], "base", density=0.5))
+    (family / "recipe.yml").write_text(recipe_text("linear", ["one", "two"], None, density=0.5))
     loud = call("merge", family / "recipe.yml", family / "a")
     assert "note: density has no effect with linear" in loud.stderr
     quiet = call("merge", family / "recipe.yml", family / "b", "--quiet")

@@ -28,10 +28,19 @@ LONGEST = 400
 # Left never imports right. A prefix stands for everything below it.
 LAYERS = (
     ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
-    ("parameters", "recipe_yaml", "recipe_schema", "recipe"),
+    ("parameters", "hub", "references", "recipe_yaml", "recipe_values", "recipe_schema", "recipe"),
     ("blending", "methods", "explaining"),
     ("checkpoint",),
-    ("planner", "plan_side", "plan_rule", "plan_checks", "plan_memory"),
+    (
+        "planner",
+        "plan_side",
+        "plan_rule",
+        "plan_layers",
+        "plan_stack",
+        "plan_text",
+        "plan_checks",
+        "plan_memory",
+    ),
     ("kernels",),
     ("backends",),
     ("run", "options", "operands", "tensors", "verify", "diff"),

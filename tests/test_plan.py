@@ -70,7 +70,7 @@ def test_every_region_holds_the_tensor_s_own_bytes(family: Path) -> None:
 
 def test_tensors_share_one_rule(family: Path) -> None:
     plan = planned(family, density=0.5)
-    assert {id(job.rule) for shard in plan.jobs for job in shard} == {id(plan.rule)}
+    assert {id(job.rule) for shard in plan.jobs for job in shard} == {id(plan.rules[0])}
 
 
 def test_the_base_may_be_listed_and_is_no_expert(family: Path) -> None:
@@ -81,11 +81,13 @@ def test_the_base_may_be_listed_and_is_no_expert(family: Path) -> None:
     assert any("it is the base, not an expert" in note for note in plan.notes)
 
 
-def test_linear_has_no_base_but_merges_a_listed_one(family: Path) -> None:
-    plan = planned(family, method="linear")
-    assert [source.checkpoint.path.name for source in plan.inputs] == ["one", "two"]
+def test_the_base_of_linear_is_one_of_the_models(family: Path) -> None:
+    """Where it is not listed it is the last of them, and needs a weight as any does."""
+    plan = planned(family, method="linear", weight_=2.0)
+    assert [source.checkpoint.path.name for source in plan.inputs] == ["one", "two", "base"]
     assert all(job.base is None for shard in plan.jobs for job in shard)
-    assert any("only gives the configuration" in note for note in plan.notes)
+    assert plan.rules[0].weights == (1.0, 1.0, 2.0)
+    assert problems(family, method="linear") == (f"linear needs a weight for {family}/base",)
     listed = make_plan(parse_recipe(recipe_text("linear", ["base", "one"], "base"), family), None)
     assert listed.experts == 2
     assert not listed.notes
@@ -101,7 +103,9 @@ def test_what_has_no_effect_is_noted(family: Path) -> None:
         "scope has no effect with task_arithmetic",
     )
     assert planned(family, density=0.5, rescale=True, scope="model", threshold_ties="all").notes == ()
-    assert "lambda has no effect with linear" in planned(family, method="linear", lambda_=2.0).notes
+    assert (
+        "lambda has no effect with linear" in planned(family, method="linear", lambda_=2.0, weight_=1.0).notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_output_types(
     text = f"{lines}\n" + "\n".join(f"{k}: {v}" for k, v in _flow(text).items())
     plan = make_plan(parse_recipe(text, tmp_path), None, dtype=dtype)
     jobs = {job.name: job for shard in plan.jobs for job in shard}
-    assert (jobs["w"].out.dtype, jobs["w"].cast, jobs["w"].rule) == (expected, cast, plan.rule)
+    assert (jobs["w"].out.dtype, jobs["w"].cast, jobs["w"].rule) == (expected, cast, plan.rules[0])
     for name, kind in dtypes.items():
         assert (jobs[name].out.dtype, jobs[name].cast, jobs[name].rule) == (kind, None, None)
 
@@ -226,7 +230,10 @@ def test_problems_of_all_kinds_come_together(family: Path) -> None:
     ("parameters", "sentence"),
     [
         ({"density": 1.5}, "density of {one} is 1.5, which is outside 0 to 1"),
-        ({"method": "linear", "weight": 0.0}, "the weights of linear sum to 0, so they cannot be normalized"),
+        (
+            {"method": "task_arithmetic", "weight": 0.0, "normalize": True},
+            "the weights of task_arithmetic sum to 0, so they cannot be normalized",
+        ),
     ],
 )
 def test_numbers_of_the_recipe(parameters: dict[str, object], sentence: str, family: Path) -> None:
@@ -308,7 +315,7 @@ def test_the_numbers_of_a_plan(family: Path) -> None:
     assert planned(family, method="dare_ties", density=0.5).bytes_read == 2 * plan.bytes_read
     assert "ties, scope model" in plan.describe()
     assert f"expert       {family}/two (weight 1, density 0.5)" in plan.describe()
-    plain = planned(family, method="linear").describe()
+    plain = planned(family, method="linear", weight_=1.0).describe()
     assert "method       linear, normalize true\n" in plain
     assert f"expert       {family}/two (weight 1)\n" in plain
 
@@ -334,9 +341,15 @@ def test_a_memory_limit_is_kept_or_refused(family: Path) -> None:
     assert budget(planned(family, method="task_arithmetic")).lists == 0
 
 
-def test_a_mixture_of_experts_is_planned_in_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("weight", "rules"), [(1.0, 1), ([{"filter": "expert.1", "value": [0, 1]}, {"value": [1, 2]}], 119)]
+)
+def test_a_mixture_of_experts_is_planned_in_seconds(
+    weight: object, rules: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """36,000 tensors in nine models; the bound is loose, a quadratic step would exceed it a hundredfold."""
-    entries = {f"layer.{n}": TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n in range(36_000)}
+    names = [f"layer.{n // 600}.expert.{n % 600}" for n in range(36_000)]
+    entries = {name: TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n, name in enumerate(names)}
     header = Header(entries, {}, "digest", 64 + 8 * 36_000, 0)
 
     def synthetic(path: Path) -> Checkpoint:
@@ -347,10 +360,11 @@ def test_a_mixture_of_experts_is_planned_in_seconds(tmp_path: Path, monkeypatch:
     names = [f"e{k}" for k in range(8)]
     for name in [*names, "base"]:
         (tmp_path / name).mkdir()
-    recipe = parse_recipe(recipe_text("ties", names, "base", density=0.5), tmp_path)
+    text = recipe_text("ties", names, "base", weight=weight, density=0.5)  # type: ignore[arg-type]
+    recipe = parse_recipe(text, tmp_path)
     began = time.process_time()
     plan = make_plan(recipe, tmp_path / "out")
     seconds = time.process_time() - began
     assert (plan.tensors, len(plan.inputs)) == (36_000, 9)
-    assert len({id(job.rule) for shard in plan.jobs for job in shard}) == 1
+    assert len({id(job.rule) for shard in plan.jobs for job in shard}) == len(plan.rules) == rules
     assert seconds < 30

@@ -8,7 +8,7 @@ import pytest
 
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, PymergeError, RecipeError
-from pymerge.parameters import Preset
+from pymerge.parameters import Preset, cases_of, value_at
 from pymerge.recipe import MAX_RECIPE_BYTES, Recipe, load_recipe, parse_recipe
 from pymerge.rule import Scope, ThresholdTies
 
@@ -93,8 +93,9 @@ def test_defaults(folder: Path) -> None:
 
 def test_a_model_s_own_parameter_wins(folder: Path) -> None:
     recipe = parse_recipe(FULL, folder)
-    assert [recipe.parameter(entry, "density") for entry in recipe.models] == [0.9, 0.5, 0.9]
-    assert recipe.parameter(recipe.models[0], "no such") is None
+    scopes = [recipe.scopes(recipe.stack[0], entry) for entry in recipe.models]
+    assert [value_at(cases_of(scope, "density"), "w", 0.0) for scope in scopes] == [0.9, 0.5, 0.9]
+    assert value_at(cases_of(scopes[0], "no such"), "w", 0.0) is None
 
 
 def test_nothing_after_parameters_means_none(folder: Path) -> None:
@@ -123,39 +124,22 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        (with_top("slices: []"), "slices is not supported yet"),
-        (with_top("modules: {}"), "modules is not supported yet"),
+        (with_top("slices: []"), "slices: expected a list with at least one entry, found a list ([])"),
+        (with_top("modules: {}"), "modules: expected a mapping with at least one entry, found a mapping"),
         (with_top("tokenizer: {source: union}"), "tokenizer is not supported yet"),
         (with_top("tokenizer_source: base"), "tokenizer_source is not supported yet"),
         (with_top("chat_template: auto"), "chat_template is not supported yet"),
-        (
-            with_parameter("lambda: [0, 1]"),
-            "parameters.lambda: gradients (lists of numbers) are not supported yet",
-        ),
-        (
-            with_parameter("weight: [{filter: mlp, value: 1}]"),
-            "parameters.weight: conditional lists (filter, value) are not supported yet",
-        ),
-        (
-            with_parameter("weight: {filter: mlp, value: 1}"),
-            "parameters.weight: conditional values (filter, value) are not supported yet",
-        ),
         (with_parameter("epsilon: 0.1"), "parameters.epsilon: the parameter epsilon is not supported yet"),
-        (
-            with_top("base_model: {model: {path: one}}"),
-            "base_model: model references written as mappings are not",
-        ),
         (with_top("base_model: one+lora"), "base_model: one+lora: a LoRA after '+' is not supported yet"),
-        (with_top("base_model: one@main"), "base_model: one@main: a revision after '@' is not supported yet"),
-        (SMALL + "---\n" + SMALL, "recipes of several YAML documents are not supported yet"),
+        (SMALL + "---\n" + SMALL, "recipes of several YAML documents are not supported: write each document"),
         (with_top("parametres: {}"), "parametres: unknown key 'parametres'; did you mean parameters?"),
         (with_top("weight: 1"), "weight: weight is a parameter; give it under parameters"),
-        (with_top("xyzzy: 1"), "xyzzy: unknown key 'xyzzy'; known are merge_method, models, base_model,"),
+        (with_top("xyzzy: 1"), "xyzzy: unknown key 'xyzzy'; known are merge_method, models, slices, para"),
         (with_parameter("densty: 1"), "parameters.densty: unknown key 'densty'; did you mean density?"),
         (with_parameter("lambda_: 1"), "parameters.lambda_: unknown key 'lambda_'; did you mean lambda?"),
         (
             "merge_method: ties\nmodels: [{model: one, parameters: {lambda: 1}}]",
-            "models[0].parameters.lambda: lambda holds for the whole merge; give it under the top-level",
+            "models[0].parameters.lambda: lambda holds for all models; give it under the parameters of a",
         ),
         (
             "merge_method: ties\nmodels: [{model: one, wieght: 1}]",
@@ -192,7 +176,7 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
         (with_top("out_dtype: 16"), "out_dtype: '16' is not a type that merges"),
         (with_top("base_model: ''"), "base_model: expected text that is not empty, found text ('')"),
         (with_top("base_model: 3"), "base_model: expected text, found a number (3)"),
-        ("merge_method: linear", "models: this key is required"),
+        ("merge_method: linear", "models: this key is required, or else slices or modules"),
         ("models: [{model: one}]", "merge_method: this key is required"),
         ("merge_method: linear\nmodels: []", "models: expected a list with at least one entry"),
         ("merge_method: linear\nmodels: one", "models: expected a list, found text ('one')"),
@@ -223,20 +207,15 @@ dtype: int8
     assert len(problems(text, folder)) == 6
 
 
-def test_slices_need_no_models_beside_them(folder: Path) -> None:
-    assert problems("merge_method: ties\nslices: []", folder) == ("slices is not supported yet",)
-
-
 def test_missing_models_name_where_they_were_looked_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "elsewhere").mkdir()
     monkeypatch.chdir(folder / "elsewhere")
-    text = "merge_method: ties\nbase_model: org/name\nmodels: [{model: nowhere}, {model: one}]"
+    text = "merge_method: ties\nbase_model: ./no/name\nmodels: [{model: nowhere}, {model: one}]"
     assert problems(text, folder) == (
         f"models[0].model: no such file or folder: {folder}/nowhere or {folder}/elsewhere/nowhere",
-        f"base_model: no such file or folder: {folder}/org/name or {folder}/elsewhere/org/name; "
-        "names on the Hugging Face hub are not supported yet",
+        f"base_model: no such file or folder: {folder}/no/name or {folder}/elsewhere/no/name",
     )
 
 

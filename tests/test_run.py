@@ -40,7 +40,8 @@ def family(tmp_path: Path) -> Path:
 
 
 def planned(folder: Path, method: str = "ties", density: float = 0.5, **parameters: object) -> Plan:
-    text = recipe_text(method, ["one", "two"], "base", weight=0.5, density=density, **parameters)
+    base = None if method == "linear" else "base"
+    text = recipe_text(method, ["one", "two"], base, weight=0.5, density=density, **parameters)
     return make_plan(parse_recipe(text, folder), folder / "out", max_shard_bytes=SMALL_SHARDS)
 
 
@@ -247,7 +248,7 @@ def test_a_shard_opens_only_the_files_that_it_needs(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "one", "two")):
         write_checkpoint(tmp_path / name, seed, shapes=shapes, shards=40)
     plan = make_plan(
-        parse_recipe(recipe_text("linear", ["one", "two"], "base"), tmp_path), None, max_shard_bytes=8
+        parse_recipe(recipe_text("linear", ["one", "two"], None), tmp_path), None, max_shard_bytes=8
     )
     given: list[int] = []
 

@@ -105,6 +105,8 @@ def merge_group(
     members = []
     try:
         for i, name in enumerate(names):
+            if not outs[i].numel():
+                continue
             base = None if bases is None else bases[i]
             members.append(prepared(name, base, experts[i], outs[i]))
         if not members:

@@ -44,6 +44,8 @@ MAX_SIDE_FILE_BYTES = 256 * 2**20  # the largest tokenizers are a tenth of this
 MAX_CONFIG_BYTES = 10_000_000
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+# How model families call their number of layers.
+_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HUB_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*\w", re.ASCII)
 
@@ -101,6 +103,32 @@ def with_dtype(path: Path, config: bytes, dtype: DType) -> bytes:
         return (json.dumps(content, indent=2) + "\n").encode("ascii")
     except (Malformed, RecursionError) as problem:
         raise CheckpointError(f"{path}: {problem}") from None
+
+
+def with_layers(config: bytes, layers: Sequence[int]) -> bytes:
+    """`config`, JSON already checked, for a model made of these of its layers: their number, lists by layer.
+
+    Without a key for the number it stays as it is.
+    """
+    content = json_object(config)
+    for part in (content, content.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        stated = {key: part[key] for key in _COUNT_KEYS if type(part.get(key)) is int}
+        for count in set(stated.values()):
+            for key, value in part.items():
+                by_layer = "layer" in key and isinstance(value, list) and len(value) == count > max(layers)
+                if by_layer:
+                    part[key] = [value[layer] for layer in layers]
+        part.update(dict.fromkeys(stated, len(layers)))
+    return (json.dumps(content, indent=2) + "\n").encode("ascii")
+
+
+def states_layers(config: bytes) -> bool:
+    """Whether `config`, JSON already checked, says how many layers the model has."""
+    content = json_object(config)
+    parts = (content, content.get("text_config"))
+    return any(isinstance(part, dict) and key in part for part in parts for key in _COUNT_KEYS)
 
 
 def model_card(

@@ -212,7 +212,7 @@ class _Runner:
 @contextmanager
 def _spill(plan: Plan, settings: Settings, folder: Path) -> Iterator[Settings]:
     """The settings with a nameless file for undecided positions beside the output, where a trim needs one."""
-    if not plan.rule.trim.by_magnitude:
+    if not plan.method.trim.by_magnitude:
         yield settings
         return
     import tempfile  # late: 5 ms

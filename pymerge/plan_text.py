@@ -1,0 +1,102 @@
+"""A plan's parameters in words: what each model is given, what varies from layer to layer, what surprises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pymerge.methods import Method
+from pymerge.parameters import EVERY, Case, Conditional, Gradient, Scalar, cases_of
+from pymerge.plan_layers import depth
+from pymerge.plan_rule import OF_ALL, Origin, Part
+from pymerge.recipe import Recipe
+from pymerge.rule import Trim
+from pymerge.text import printable, shown
+
+
+def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
+    """Base, experts and what varies, one line each; `counts`: each part's layers, 0 where none are known."""
+    lines = []
+    names = ["weight"] if method.weighted else []
+    names += ["density"] if method.trim is not Trim.NONE else []
+    names += ["gamma"] if method.trim is Trim.OUTLIERS else []
+    for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
+        if part.where:
+            begin = sum(counts[:number])
+            lines.append(f"slice        {number}, layers {begin} to {begin + count - 1} of the output")
+        for entry in part.members:
+            of = f", its layers {entry.layers.start} to {entry.layers.stop - 1}" if entry.layers else ""
+            path = printable(str(entry.path))
+            if entry is part.base:
+                lines.append(f"base         {path}{of}")
+                continue
+            defaults = {"density": method.density, "gamma": method.gamma}
+            scopes = recipe.scopes(part.slice, entry)
+            given = [f"{name} {_stated(cases_of(scopes, name), defaults.get(name), count)}" for name in names]
+            stated = f" ({', '.join(given)})" if given else ""
+            lines.append(f"expert       {path}{of}{stated}")
+        for name in OF_ALL:
+            cases = cases_of(recipe.scopes(part.slice), name)
+            if len(cases) > 1 or any(isinstance(case.value, Gradient) for case in cases):
+                lines.append(f"{name:<12} {_stated(cases, None, count)}")
+    if count := max(counts, default=0) if uses_gradients(recipe) else 0:
+        among = " in the longest stack" if not recipe.slices else " in the longest slice" if parts[1:] else ""
+        lines.append(
+            f"layers       {count}{among}; a .. b .. c are the values in the first, the middle and the last"
+            " layer, other tensors take the first"
+        )
+    return lines
+
+
+def _stated(cases: Sequence[Case], default: float | None, count: int) -> str:
+    said = []
+    for case in cases:
+        label = "else" if case.takes_all else shown(case.filter)
+        value = _value(case.value, count)
+        said.append(value if case.takes_all and len(cases) == 1 else f"{label}: {value}")
+    if not said:
+        return "default" if default is None else f"{default:g}"
+    if not cases[-1].takes_all:
+        said.append("else: default" if default is None else f"else: {default:g}")
+    return said[0] if len(said) == 1 else f"[{'; '.join(said)}]"
+
+
+def _value(value: Scalar | Gradient, count: int) -> str:
+    if not isinstance(value, Gradient):
+        return _scalar(value)
+    indices = dict.fromkeys((0, count // 2, count - 1)) if count else (0,)
+    return " .. ".join(_scalar(value.at(depth(index, count) if count else 0.0)) for index in indices)
+
+
+def _scalar(value: Scalar) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def uses_gradients(recipe: Recipe) -> bool:
+    """Whether any parameter depends on the layer."""
+    return any(isinstance(case.value, Gradient) for _, cases in _stated_parameters(recipe) for case in cases)
+
+
+def notes_of(recipe: Recipe, origins: Sequence[Origin]) -> Iterator[str]:
+    """What the parameters say that no tensor hears."""
+    names = dict.fromkeys(name for origin in origins for name in {origin.name, *origin.inputs})
+    said: dict[str, None] = {}
+    for name, cases in _stated_parameters(recipe):
+        for number, case in enumerate(cases):
+            if not (case.takes_all or case.filter in said or any(case.takes(tensor) for tensor in names)):
+                said[case.filter] = None
+                yield f"{name}: the filter {shown(case.filter)} matches no tensor"
+            if case.takes_all and number + 1 < len(cases):
+                yield f"{name}: what follows the case for all tensors has no effect"
+                break
+    if uses_gradients(recipe) and not any(origin.t for origin in origins):
+        yield "no tensor's name has the number of a layer in it, so every gradient gives its first value"
+
+
+def _stated_parameters(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:
+    """Every parameter wherever it is given, as cases."""
+    scopes = [recipe.parameters, recipe.module]
+    for part in recipe.stack:
+        scopes += [part.parameters, *(entry.parameters for entry in part.sources)]
+    for scope in scopes:
+        for name, given in scope.items():
+            yield name, given.cases if isinstance(given, Conditional) else (Case(EVERY, given),)
