@@ -188,6 +188,11 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
         ("models:\n - {model: a, model: b}\n", "line 2: key 'model' is given twice"),
         ("merge_method: [\n", "line 2: the recipe is not valid YAML"),
         ("a: !!python/object/apply:os.system [ls]", "line 1: the recipe is not valid YAML"),
+        ("&r\nmerge_method: ties\nmodels: [*r]", "the recipe cannot be read: RecursionError"),
+        ("seed: 0x" + "f" * 6000, "the recipe cannot be read: ValueError"),
+        ("seed: !!int ''", "the recipe is not valid YAML: IndexError"),
+        ("normalize: !!bool foo", "the recipe is not valid YAML: KeyError"),
+        ("weight: !!timestamp foo", "the recipe is not valid YAML: AttributeError"),
     ],
 )
 def test_refused_with_one_sentence(text: str, start: str, folder: Path) -> None:
