@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TypeAlias
 
-from pymerge.rule import Blend, Blending, Rule, Vectors
+from pymerge.rule import Blend, Blending, Vectors
 
 Option: TypeAlias = "bool | float"
 
@@ -70,16 +70,3 @@ def blending(kind: Blend, values: Mapping[str, Option]) -> Blending:
         max_iter=int(values.get("max_iter", 10)),
         tol=float(values.get("tol", 1e-5)),
     )
-
-
-def stated(rule: Rule) -> str:
-    """The numbers of a rule's blend in words, for a plan; nothing for other rules."""
-    blend = rule.blend
-    if blend is None:
-        return ""
-    words = {
-        Blend.SLERP: f", t {blend.t:g}",
-        Blend.MULTISLERP: f", eps {blend.eps:g}",
-        Blend.KARCHER: f", max_iter {blend.max_iter}, tol {blend.tol:g}",
-    }.get(blend.kind, "")
-    return words if blend.vectors is Vectors.TENSOR else f"{words}, by {blend.vectors.value}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pymerge.blending import DEFAULTS
 from pymerge.methods import Base, Method
-from pymerge.rule import READ_ONCE, Rule, Trim
+from pymerge.rule import READ_ONCE, Blend, Blending, Rule, Trim, Vectors
 
 
 def explain(method: Method) -> str:
@@ -26,7 +26,17 @@ def numbers_of(method: Method, rule: Rule) -> str:
         "lambda": f"{rule.lambda_:g}" if method.task_vector and method.blend is None else None,
         "seed": rule.seed if method.trim is Trim.RANDOM else None,
     }
-    return ", ".join(f"{name} {value}" for name, value in said.items() if value is not None)
+    words = [f"{name} {value}" for name, value in said.items() if value is not None]
+    return ", ".join([*words, *(_numbers_of_blend(rule.blend) if rule.blend else ())])
+
+
+def _numbers_of_blend(blend: Blending) -> list[str]:
+    words = {
+        Blend.SLERP: [f"t {blend.t:g}"],
+        Blend.MULTISLERP: [f"eps {blend.eps:g}"],
+        Blend.KARCHER: [f"max_iter {blend.max_iter}", f"tol {blend.tol:g}"],
+    }.get(blend.kind, [])
+    return words if blend.vectors is Vectors.TENSOR else [*words, f"by {blend.vectors.value}"]
 
 
 def _explained(method: Method) -> list[tuple[str, str]]:

@@ -37,9 +37,8 @@ def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None
         tile, lists = TILE, LISTS if trims else 0
     else:
         tile, lists = TILE, SMALLEST_LISTS if trims else 0
-        smallest = (
-            READ_ONCE if any(rule.blend for rule in plan.rules) else SMALLEST_TILE
-        )  # which it takes at once
+        blends = any(rule.blend for rule in plan.rules)
+        smallest = READ_ONCE if blends else SMALLEST_TILE  # a blend takes that many at once
         while tile > smallest and threads * streams * tile * ELEMENT_BYTES > max_memory // 2:
             tile //= 2
         least = threads * streams * tile * ELEMENT_BYTES + lists

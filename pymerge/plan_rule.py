@@ -52,9 +52,9 @@ class Origin(NamedTuple):
     inputs: tuple[str, ...]
 
 
-def is_same(a: Path, b: Path) -> bool:
-    """Whether two paths mean the same file or folder."""
-    return os.path.realpath(a) == os.path.realpath(b)
+def identity(path: Path) -> str:
+    """What tells files and folders apart, however a recipe writes them."""
+    return os.path.realpath(path)
 
 
 def donor_path(recipe: Recipe) -> Path:
@@ -77,7 +77,7 @@ def _part(part: Slice, method: Method | None, where: str, problems: list[str], n
     base = part.base
     role = Base.OPTIONAL_ORIGIN if method is None else method.base
     apart = role is Base.ORIGIN or (role is Base.OPTIONAL_ORIGIN and base is not None)
-    listed = None if base is None else next((e for e in part.sources if is_same(e.path, base)), None)
+    listed = base and next((e for e in part.sources if identity(e.path) == identity(base)), None)
     if base is None:
         needs = {
             Base.ORIGIN: "the model that the experts were tuned from",

@@ -6,14 +6,12 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pymerge.blending import stated
 from pymerge.checkpoint.index import Shard, open_checkpoint
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, collect, states_layers
@@ -30,7 +28,7 @@ from pymerge.plan_checks import (
     check_working_types,
     free_bytes,
 )
-from pymerge.plan_rule import Part, donor_path, parts_of, rules_of
+from pymerge.plan_rule import Part, donor_path, identity, parts_of, rules_of
 from pymerge.plan_side import side_files
 from pymerge.plan_stack import Outline, stacked, whole
 from pymerge.plan_text import describe_parts, notes_of, uses_gradients
@@ -122,8 +120,9 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in words, one fact a line."""
-        numbers = numbers_of(self.method, self.rules[0]) if len(self.rules) == 1 else ""
-        lines = [f"method       {self.method.name}{', ' if numbers else ''}{numbers}{stated(self.rules[0])}"]
+        # Where tensors have different rules, the lines of the parts say what varies.
+        said = [numbers_of(self.method, self.rules[0])] if len(self.rules) == 1 else []
+        lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
         lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
@@ -240,9 +239,9 @@ def _outline(
         names = check_tensors(readable, problems)
         sound = readable and len(problems) == before
         return [readable], whole(names, readable, uses_gradients(recipe)) if sound else Outline()
-    if problems or any(_key(entry.path) not in inputs for part in parts for entry in part.members):
+    if problems or any(identity(entry.path) not in inputs for part in parts for entry in part.members):
         return [], Outline()
-    members = [[inputs[_key(entry.path)] for entry in part.members] for part in parts]
+    members = [[inputs[identity(entry.path)] for entry in part.members] for part in parts]
     return members, stacked(parts, members, problems, notes)
 
 
@@ -286,20 +285,15 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
     return None
 
 
-def _key(path: Path) -> str:
-    """What tells inputs apart, however the recipe writes them."""
-    return os.path.realpath(path)
-
-
 def _open_inputs(parts: Sequence[Part], missing: Collection[Path], problems: list[str]) -> dict[str, Input]:
     """The readable inputs: bases first, then the experts."""
     bases = [part.base.path for part in parts if part.base]
     experts = [entry.path for part in parts for entry in part.experts]
-    merged = set(map(_key, experts))
+    merged = set(map(identity, experts))
     inputs: dict[str, Input] = {}
     first = 0
     for path in [*bases, *experts]:
-        key = _key(path)
+        key = identity(path)
         if path in missing or key in inputs:
             continue
         checkpoint = _collect(problems, partial(open_checkpoint, path))

@@ -133,8 +133,9 @@ def parse_draft(text: str, folder: Path) -> Draft:
     from pymerge.recipe_schema import validate
     from pymerge.recipe_yaml import read_yaml
 
+    document = read_yaml(text)
     try:
-        data, problems, unusable = validate(read_yaml(text))
+        data, problems, unusable = validate(document)
     except (RecursionError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise RecipeError(f"the recipe cannot be read: {type(error).__name__}") from error
     # A slice that is wrong says nothing of the others' layers either.

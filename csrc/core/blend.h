@@ -18,6 +18,14 @@ class Gram {
   double& at(int i, int j) { return product_[size_t(i) * size_t(count_) + size_t(j)]; }
   double at(int i, int j) const { return product_[size_t(i) * size_t(count_) + size_t(j)]; }
 
+  // Takes product(pair) for the pairs (i, j), i <= j, numbered row by row.
+  template <class F>
+  void fill(F&& product) {
+    size_t pair = 0;
+    for (int i = 0; i < count_; ++i)
+      for (int j = i; j < count_; ++j) at(i, j) = at(j, i) = product(pair++);
+  }
+
  private:
   int count_;
   std::vector<double> product_;

@@ -53,7 +53,7 @@ struct MapBlock {
   void* out = nullptr;
   int64_t count = 0;
   uint64_t index = 0;  // flat index of the first element, a multiple of 4 (random trim)
-  int cuts = 0;        // how many thresholds: one for each expert, or two
+  int cuts = 0;        // masses only: how many thresholds, one for each expert or two
   const Bits* keep_at = nullptr;
   const Bits* open_at = nullptr;   // Collect: entries in [open_at, keep_at) are undecided
   const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`

@@ -114,9 +114,7 @@ class BlendMerge {
 
   void set_weights(const std::vector<double>& products, Params* params) const {
     Gram gram(inputs_);
-    size_t pair = 0;
-    for (int i = 0; i < inputs_; ++i)
-      for (int j = i; j < inputs_; ++j) gram.at(i, j) = gram.at(j, i) = products[pair++];
+    gram.fill([&](size_t pair) { return products[pair]; });
     const Coefficients found = group_coefficients(group_, gram);
     for (size_t k = 0; k < found.size(); ++k) params->weight[k] = Work(found[k]);
   }

@@ -74,10 +74,7 @@ class ColumnMerge {
     std::vector<Work> weight(size_t(inputs_ * width));
     Gram gram(inputs_);
     for (int64_t c = 0; c < width; ++c) {
-      size_t pair = 0;
-      for (int i = 0; i < inputs_; ++i)
-        for (int j = i; j < inputs_; ++j, ++pair)
-          gram.at(i, j) = gram.at(j, i) = total[pair * size_t(width) + size_t(c)];
+      gram.fill([&](size_t pair) { return total[pair * size_t(width) + size_t(c)]; });
       const Coefficients found = group_coefficients(group_, gram);
       for (int k = 0; k < inputs_; ++k) weight[size_t(k * width + c)] = Work(found[size_t(k)]);
     }

@@ -37,7 +37,7 @@ void fix_up_span(const Group<Work>& group, Worker& worker, const ChunkLayout& la
     block.expert = worker.block_expert.data();
     block.out = fresh + (row - span.begin) * int64_t(item);
     block.count = stop - row;
-    block.cuts = group.cuts(), block.keep_at = keep.data();
+    block.keep_at = keep.data();
     nan += kernel(params.block, block, scratch);
     row = stop;
   }

@@ -219,8 +219,7 @@ class GroupMerge {
               {int32_t(piece.tensor), piece.first, piece.count, (*chunk)->size, (*chunk)->size});
         new_span = false;
         MapBlock<Work> block = block_at<Work>(worker, view, out, at, n);
-        block.cuts = group_.cuts(), block.keep_at = keep.data(), block.open_at = open.data(),
-        block.count_at = count.data();
+        block.keep_at = keep.data(), block.open_at = open.data(), block.count_at = count.data();
         block.above = counts->above.data(), block.kept = counts->kept.data();
         uint64_t undecided[UndecidedStore::kBlock / 64] = {};
         block.undecided = undecided;
@@ -249,7 +248,7 @@ class GroupMerge {
         thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
         block.index = uint64_t(piece.first + begin);
-        block.cuts = group_.cuts(), block.keep_at = keep.data();
+        block.keep_at = keep.data();
         run_.report.nan += kernel(params_[piece.tensor].block, block, scratch);
       });
       view.store(worker, piece.first, piece.count, out);
