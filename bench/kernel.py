@@ -21,8 +21,9 @@ from pymerge.backends.native import NativeRun, Settings
 from pymerge.backends.reference import merge_group
 from pymerge.dtypes import BY_TORCH_NAME
 from pymerge.job import Region, TensorJob
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.rule import Rule, Scope, ThresholdTies
+from pymerge.ruling import rule_for
 from pymerge.tensors import LIST_SHARE
 
 HERE = Path(__file__).parent

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pymerge.backends.reference import merge_group
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.rule import Scope
+from pymerge.ruling import rule_for
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:

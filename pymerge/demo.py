@@ -30,6 +30,16 @@ EXPECTATIONS = (
     Expectation("dare_ties", WEIGHTS, density=0.3, lambda_=0.25, seed=7),
     Expectation("breadcrumbs", WEIGHTS, density=0.3, lambda_=0.5),
     Expectation("breadcrumbs_ties", WEIGHTS, density=0.3),
+    Expectation("della", WEIGHTS, density=0.3, lambda_=0.5, seed=7),
+    Expectation("della_linear", WEIGHTS, density=0.3, lambda_=0.25, seed=7),
+    Expectation("sce", WEIGHTS, t=0.3),
+    Expectation("ram", WEIGHTS),
+    Expectation("ramplus_tl", WEIGHTS),
+    Expectation("nearswap", WEIGHTS[:1], t=0.001),
+    Expectation("arcee_fusion", WEIGHTS[:1]),
+    Expectation("magmax", WEIGHTS, lambda_=0.5),
+    Expectation("emr", WEIGHTS, lambda_=0.5),
+    Expectation("consensus", WEIGHTS, lambda_=0.5),
     Expectation("slerp", WEIGHTS[:1], t=0.4),
     Expectation("nuslerp", WEIGHTS[:2]),
     Expectation("multislerp", WEIGHTS),
@@ -105,7 +115,8 @@ def _write_recipe(what: Expectation, home: Path, base: Path, experts: list[Path]
             lines += ["    parameters:", f"      weight: {weight!r}"]
     if what.has_base:
         lines.append(f"base_model: {base.name}")
-    given = {"lambda": what.lambda_, "density": what.density, "t": what.t}
+    share = "select_topk" if what.method == "sce" else "t"
+    given = {"lambda": what.lambda_, "density": what.density, share: what.t}
     parameters = {name: value for name, value in given.items() if value != 1}
     if parameters:
         lines += ["parameters:", *(f"  {name}: {value}" for name, value in parameters.items())]
@@ -142,7 +153,9 @@ def _is_right(what: Expectation, out: Path, base: Path, experts: list[Path]) -> 
         return False
 
     def is_right(name: str) -> bool:
-        wanted = expected(what, name, _bits(origin, name), [_bits(expert, name) for expert in tuned])
+        inputs = [_bits(expert, name) for expert in tuned]
+        row = origin.tensors[name].entry.shape[-1]
+        wanted = expected(what, name, _bits(origin, name), inputs, row)
         return np.array_equal(_bits(merged, name), wanted)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

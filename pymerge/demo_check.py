@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pymerge.demo_blend import blended
 from pymerge.demo_family import Bits, from_bf16, round_to_bf16
+from pymerge.demo_fuse import Stack, fused, ranked_limits
 
 F32 = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -23,6 +24,7 @@ Mask = NDArray[np.bool_]
 BLOCK = 65_536  # elements whose f64 sum is formed in 16 lanes before it joins the total
 LANES = 16
 TINY = 1e-7
+FUSED = ("sce", "ram", "ramplus_tl", "nearswap", "arcee_fusion", "magmax", "emr", "consensus")
 GAMMA = 0.01  # the default share of outliers
 
 
@@ -43,8 +45,8 @@ class Expectation:
         return self.method not in ("linear", "karcher", "passthrough")
 
 
-def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits]) -> Bits:
-    """The merged tensor, flat bf16 bits, from the flat bf16 bits of base and experts."""
+def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits], row: int) -> Bits:
+    """The merged tensor, flat bf16 bits, from the flat bf16 bits of base and experts, in rows of `row`."""
     if what.method == "passthrough":
         return experts[0]
     if what.method in ("slerp", "karcher"):
@@ -60,11 +62,14 @@ def expected(what: Expectation, name: str, base: Bits, experts: Sequence[Bits]) 
     deltas = [from_bf16(x) - origin for x in experts]
     if what.method in ("nuslerp", "multislerp", "model_stock"):
         return round_to_bf16(blended(what.method, what.t, what.weights, origin, deltas))
+    if what.method in FUSED:
+        stack = Stack(origin, [from_bf16(x) for x in experts], deltas, row)
+        return round_to_bf16(fused(what.method, what.t, what.weights, what.lambda_, stack))
     values = []
     for k, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
-        values.append(_trimmed(what, name, k, delta) * weight)
-    if what.method.endswith("ties"):
-        merged = _elected(values, weights, divide=what.method == "ties")
+        values.append(_trimmed(what, name, k, delta, row) * weight)
+    if what.method.endswith("ties") or what.method == "della":
+        merged = _elected(values, weights, divide=what.method in ("ties", "della"))
     else:
         merged = _sum(values)
     return round_to_bf16(origin + np.float32(what.lambda_) * merged)
@@ -90,7 +95,7 @@ def _elected(values: Sequence[F32], weights: Sequence[np.float32], *, divide: bo
     return total / divisor if divide else total
 
 
-def _trimmed(what: Expectation, name: str, k: int, delta: F32) -> F32:
+def _trimmed(what: Expectation, name: str, k: int, delta: F32, row: int) -> F32:
     if what.method == "task_arithmetic" or what.density >= 1:
         return delta
     if what.method == "ties":
@@ -101,7 +106,10 @@ def _trimmed(what: Expectation, name: str, k: int, delta: F32) -> F32:
         outliers = min(int(GAMMA * delta.size), delta.size - kept)
         between = _largest(np.abs(delta), outliers + kept) & ~_largest(np.abs(delta), outliers)
         return np.where(between, delta, np.float32(0))
-    mask = _words(what.seed, name, k, delta.size) < np.uint64(int(what.density * 2**32))
+    limits: object = np.uint64(int(what.density * 2**32))
+    if what.method.startswith("della"):
+        limits = ranked_limits(delta, row, what.density)
+    mask = _words(what.seed, name, k, delta.size) < limits
     left = np.where(mask, delta, np.float32(0))
     before, after = _lane_sum(np.abs(delta)), _lane_sum(np.abs(left))
     scale = 1.0 if before < TINY or after < TINY else before / after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pymerge.blending import DEFAULTS
 from pymerge.methods import Base, Method
-from pymerge.rule import READ_ONCE, Blend, Blending, Rule, Trim, Vectors
+from pymerge.rule import READ_ONCE, Blend, Blending, Fuse, Fusing, Rule, Trim, Vectors
 
 
 def explain(method: Method) -> str:
@@ -16,18 +16,37 @@ def explain(method: Method) -> str:
 
 def numbers_of(method: Method, rule: Rule) -> str:
     """What a rule says beside weights and densities, for a plan."""
-    thresholds, trims = method.trim.by_magnitude, method.trim is not Trim.NONE
+    thresholds = method.trim.by_magnitude
     said = {
         "scope": rule.scope.value if thresholds else None,
         "threshold_ties": rule.threshold_ties.value if thresholds else None,
         "gamma": ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(rule.gammas)) or None,
-        "rescale": str(rule.rescale).lower() if trims else None,
-        "normalize": None if method.own else str(rule.normalize).lower(),
-        "lambda": f"{rule.lambda_:g}" if method.task_vector and method.blend is None else None,
-        "seed": rule.seed if method.trim is Trim.RANDOM else None,
+        "epsilon": ", ".join(f"{epsilon:g}" for epsilon in dict.fromkeys(rule.epsilons)) or None,
+        "rescale": str(rule.rescale).lower() if method.dense else None,
+        "normalize": str(rule.normalize).lower() if _normalizes(method) else None,
+        "lambda": f"{rule.lambda_:g}" if method.scales else None,
+        "seed": rule.seed if method.trim.drawn else None,
+        "select_topk": f"{rule.densities[0]:g}" if method.trim is Trim.VARIANCE else None,
     }
     words = [f"{name} {value}" for name, value in said.items() if value is not None]
-    return ", ".join([*words, *(_numbers_of_blend(rule.blend) if rule.blend else ())])
+    words += _numbers_of_blend(rule.blend) if rule.blend else ()
+    return ", ".join([*words, *(_numbers_of_fuse(rule.fuse) if rule.fuse else ())])
+
+
+def _normalizes(method: Method) -> bool:
+    """Whether normalize says anything."""
+    return not method.own and method.fuse is None and method.trim is not Trim.IMPORTANCE
+
+
+def _numbers_of_fuse(fuse: Fusing) -> list[str]:
+    return {
+        Fuse.SWAP: [f"t {fuse.t:g}"],
+        Fuse.OVERLAP: [
+            f"epsilon {fuse.t:g}",
+            *([f"r {fuse.boost:g}, alpha {fuse.most_boost:g}"] if fuse.boost else ()),
+        ],
+        Fuse.CONSENSUS: [f"claim {fuse.t:g}", f"votes {fuse.votes}"],
+    }.get(fuse.kind, [])
 
 
 def _numbers_of_blend(blend: Blending) -> list[str]:
@@ -39,72 +58,128 @@ def _numbers_of_blend(blend: Blending) -> list[str]:
     return words if blend.vectors is Vectors.TENSOR else [*words, f"by {blend.vectors.value}"]
 
 
+_STATISTICS = {
+    Trim.NONE: "none",
+    Trim.MAGNITUDE: "the k-th largest |d| of each expert, found exactly while merging",
+    Trim.RANDOM: "none",
+    Trim.OUTLIERS: "two ranks of the |d| of each expert, found exactly while merging",
+    Trim.RANKED: "ranks of |d| within each row",
+    Trim.VARIANCE: "the k-th largest variance over the experts; each expert's mean square of what is kept",
+    Trim.IMPORTANCE: "each row's divergence of softmax(x) from softmax(base); quartiles of |d| times it",
+}
+_TRIMS = {
+    Trim.NONE: "none: every entry takes part",
+    Trim.MAGNITUDE: "keep the int(density * n) largest |d|; among equals the lowest index first (or all)",
+    Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
+    Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others;"
+    " fewer are dropped where both together are more than n",
+    Trim.RANKED: "keep each entry with a probability from density - epsilon (the smallest of its row) to density"
+    " + epsilon (the largest), drawn from (seed, tensor, index, expert)",
+    Trim.VARIANCE: "keep the share select_topk of the entries that are not all equal, where they vary most",
+    Trim.IMPORTANCE: "keep what is at least the median plus 1.5 interquartile ranges",
+}
+_FUSES = {
+    Fuse.SWAP: "share * x + (1 - share) * base, share = t / |x - base| between 0 and 1",
+    Fuse.OVERLAP: "the mean of the entries past epsilon; one alone goes whole, times its expert's factor",
+    Fuse.ENERGY: "sum of energy * entry over what agrees, divided by the energies that took part",
+    Fuse.LARGEST: "the largest weight * entry",
+    Fuse.ELECTED: "the largest weight * entry of the elected sign",
+    Fuse.CONSENSUS: "sum of weight * entry, kept where `votes` experts have |entry| >= claim * |sum - entry|",
+}
+_INPUTS = {
+    Base.UNUSED: ("K", "K inputs"),
+    Base.ORIGIN: ("K + 1", "K + 1 inputs (base and experts)"),
+    Base.OPTIONAL_ORIGIN: ("K", "K inputs, and a base or none"),
+    Base.FIRST: ("K", "K inputs, the base first"),
+    Base.MEMBER: ("K", "K inputs"),
+}
+
+
 def _explained(method: Method) -> list[tuple[str, str]]:
-    statistics = {
-        Trim.NONE: "none",
-        Trim.MAGNITUDE: "the k-th largest |d| of each expert, found exactly while merging",
-        Trim.RANDOM: "none",
-        Trim.OUTLIERS: "two ranks of the |d| of each expert, found exactly while merging",
-    }[method.trim]
-    if method.rescale:
-        sums = "sum |d| before and after the trim, for each tensor and expert"
-        statistics = sums if statistics == "none" else f"{statistics}; {sums}"
-    if method.blend:
-        statistics = "the inner products of all pairs of inputs; from them one coefficient for each"
-    trim = {
-        Trim.NONE: "none: every entry takes part",
-        Trim.MAGNITUDE: "keep the int(density * n) largest |d|; among equals the lowest index first (or all)",
-        Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
-        Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others;"
-        " fewer are dropped where both together are more than n",
-    }[method.trim]
-    elect = "the sign of the sum of the weighted entries; only entries of that sign go on"
-    if method.name == "passthrough":
-        combine = "entry * scale; with scale 1 the bytes themselves"
-    else:
-        total = f"sum of {'coefficient' if method.blend else 'weight'} * entry"
-        combine = f"{total}, divided by the sum of the weights that took part" if method.normalize else total
-    added = {
-        Base.ORIGIN: "added to the base" if method.blend else "times lambda, added to the base",
-        Base.OPTIONAL_ORIGIN: "added to the base where there is one",
-    }.get(method.base)
-    combine += f"; {added}" if added else ""
-    count, streams = {
-        Base.UNUSED: ("K", "K inputs"),
-        Base.ORIGIN: ("K + 1", "K + 1 inputs (base and experts)"),
-        Base.OPTIONAL_ORIGIN: ("K", "K inputs, and a base or none"),
-        Base.FIRST: ("K", "K inputs, the base first"),
-        Base.MEMBER: ("K", "K inputs"),
-    }[method.base]
+    count, streams = _INPUTS[method.base]
     if method.most == method.fewest:
         streams = streams.replace("K inputs", "1 input" if method.most == 1 else f"{method.most} inputs")
-    twice = method.rescale or method.blend is not None
-    number = "2 while density < 1 (1 with rescale: false)" if twice else "1"
-    if method.blend:
-        number = f"2 (1 for tensors, or rows, of up to {READ_ONCE:,} elements)"
-    elif not twice and method.trim is not Trim.NONE:
-        number = "1 (2 with rescale: true)"
-    factor = f"{'2 * ' if twice else ''}({count}) * input size" if "+" in count else f"{count} * input size"
-    if twice and "+" not in count:
-        factor = f"2 * {factor}"
-    defaults = [] if method.blend or method.own else [f"normalize {str(method.normalize).lower()}"]
-    if method.trim is not Trim.NONE:
-        defaults += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
-    if method.trim is Trim.OUTLIERS:
-        defaults.append(f"gamma {method.gamma:g}")
-    if method.task_vector and not method.blend:
-        defaults.append("lambda 1")
-    defaults += own_defaults(method)
+        if method.task_vector:
+            count, streams = "2", "2 inputs (base and one other)"
+    number, times = _passes(method)
+    each = f"({count})" if "+" in count else count
+    factor = f"{times} * {each} * input size" if times > 1 else f"{each} * input size"
     return [
         ("inputs", f"{streams}, one weight for each expert" if method.weighted else streams),
-        ("defaults", ", ".join(defaults)),
-        ("statistics", statistics),
-        ("trim", trim),
-        ("elect", elect if method.elect else "none: every kept entry goes on"),
-        ("combine", combine),
+        ("defaults", ", ".join(_defaults(method)) or "none"),
+        ("statistics", _statistics(method)),
+        ("trim", _TRIMS[method.trim]),
+        ("elect", _elect(method)),
+        ("combine", _combine(method)),
         ("passes", number),
         ("bytes", f"for each output element: {factor} read, 1 * output size written"),
     ]
+
+
+def _statistics(method: Method) -> str:
+    if method.blend:
+        return "the inner products of all pairs of inputs; from them one coefficient for each"
+    said = _STATISTICS[method.trim]
+    if method.rescale:
+        sums = "sum |d| before and after the trim, for each tensor and expert"
+        return sums if said == "none" else f"{said}; {sums}"
+    if "alpha" in method.own:
+        return "how many entries of each expert stand alone, and how many do not"
+    return said
+
+
+def _elect(method: Method) -> str:
+    if method.fuse is Fuse.ENERGY:
+        return "the sign of the sum of the entries; only entries of that sign go on"
+    if method.elect or method.fuse is Fuse.ELECTED:
+        return "the sign of the sum of the weighted entries; only entries of that sign go on"
+    return "none: every kept entry goes on"
+
+
+def _combine(method: Method) -> str:
+    if method.name == "passthrough":
+        return "entry * scale; with scale 1 the bytes themselves"
+    if method.fuse:
+        combine = _FUSES[method.fuse]
+        if method.fuse is Fuse.SWAP:
+            return combine
+    else:
+        combine = f"sum of {'coefficient' if method.blend else 'weight'} * entry"
+        if method.normalize:
+            combine += ", divided by the sum of the weights that took part"
+    added = {
+        Base.ORIGIN: "times lambda, added to the base" if method.scales else "added to the base",
+        Base.OPTIONAL_ORIGIN: "added to the base where there is one",
+    }.get(method.base)
+    return f"{combine}; {added}" if added else combine
+
+
+def _passes(method: Method) -> tuple[str, int]:
+    """In words, and how often the inputs are read by default."""
+    if method.blend:
+        return f"2 (1 for tensors, or rows, of up to {READ_ONCE:,} elements)", 2
+    if method.trim is Trim.VARIANCE:
+        return "2 (3 while select_topk < 1; more for tensors whose scores are not held in memory)", 2
+    if method.trim is Trim.IMPORTANCE:
+        return "3 (more for tensors whose scores are not held in memory)", 3
+    if method.rescale:
+        return "2 while density < 1 (1 with rescale: false)", 2
+    if "alpha" in method.own:
+        return "2 (1 while r or alpha is 0)", 2
+    return ("1 (2 with rescale: true)" if method.dense else "1"), 1
+
+
+def _defaults(method: Method) -> list[str]:
+    words = [f"normalize {str(method.normalize).lower()}"] if _normalizes(method) and not method.blend else []
+    if method.dense:
+        words += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
+    if method.trim is Trim.OUTLIERS:
+        words.append(f"gamma {method.gamma:g}")
+    if method.trim is Trim.RANKED:
+        words.append(f"epsilon {method.epsilon:g}")
+    if method.scales:
+        words.append("lambda 1")
+    return words + own_defaults(method)
 
 
 def own_defaults(method: Method) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pymerge.dtypes import DType
-from pymerge.rule import Rule, Vectors, passes
+from pymerge.rule import Rule, Trim, Vectors, passes
 
 IN_MEMORY = -1
 
@@ -61,6 +61,6 @@ class TensorJob:
 def row_of(shape: Sequence[int], rule: Rule) -> int:
     """What `TensorJob.row` is for a tensor of this shape."""
     vectors = rule.blend.vectors if rule.blend else Vectors.TENSOR
-    if vectors is Vectors.ROWS:
+    if vectors is Vectors.ROWS or rule.trim in (Trim.RANKED, Trim.IMPORTANCE):
         return shape[-1] if shape else 1
     return math.prod(shape[1:]) if vectors is Vectors.COLUMNS else 0

@@ -11,7 +11,7 @@ from pymerge.rule import READ_ONCE
 
 TILE = 32_768  # elements; nine bf16 inputs of one tile stay in a 1 MiB L2
 SMALLEST_TILE = 4_096
-LISTS = 64 << 20  # bytes for undecided positions when nobody sets a limit
+LISTS = 64 << 20  # bytes for undecided positions, or for masks and scores, when nobody sets a limit
 SMALLEST_LISTS = 1 << 20
 ELEMENT_BYTES = 4  # of a tile as the kernels see it; f64 inputs take twice that
 
@@ -32,7 +32,7 @@ def budget(plan: Plan, threads: int | None = None, max_memory: int | None = None
     """Share out `max_memory` bytes (None: the defaults). Raises PymergeError when it is too little."""
     threads = threads or len(os.sched_getaffinity(0))
     streams = plan.streams + 2
-    trims = any(rule.trim.by_magnitude and any(d < 1 for d in rule.densities) for rule in plan.rules)
+    trims = any(rule.trim.scored or any(density < 1 for density in rule.densities) for rule in plan.rules)
     if max_memory is None:
         tile, lists = TILE, LISTS if trims else 0
     else:

@@ -11,16 +11,17 @@ from typing import NamedTuple, TypeVar
 
 from pymerge.blending import DEFAULTS
 from pymerge.errors import ProblemList, PymergeError
-from pymerge.methods import METHODS, Base, Method, rule_for
+from pymerge.methods import METHODS, Base, Method
 from pymerge.parameters import Case, Gradient, Scalar, cases_of, value_at
 from pymerge.recipe import ModelEntry, Recipe, Slice
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.ruling import rule_for
 from pymerge.text import shown
 
 E = TypeVar("E", bound=Enum)
 
 # What may differ from expert to expert, and what holds for all of them.
-OF_EXPERTS = ("weight", "density", "gamma", "scale")
+OF_EXPERTS = ("weight", "density", "gamma", "epsilon", "scale")
 OF_ALL = ("lambda", "normalize", "rescale", *(name for name in DEFAULTS if name != "scale"))
 
 
@@ -177,6 +178,7 @@ class _Resolver:
                 weights=[_number(weight, 1.0) for weight in each["weight"]],
                 densities=[_number(density, method.density) for density in each["density"]],
                 gammas=[_number(gamma, method.gamma) for gamma in each["gamma"]],
+                epsilons=[_number(epsilon, method.epsilon) for epsilon in each["epsilon"]],
                 lambda_=_number(all_["lambda"], 1.0),
                 normalize=_flag(all_["normalize"]),
                 rescale=_flag(all_["rescale"]),
@@ -235,19 +237,20 @@ def _note_unused(recipe: Recipe, method: Method, notes: list[str]) -> None:
     scopes += [entry.parameters for part in recipe.stack for entry in part.sources]
     given = set().union(*scopes)
     unused = []
-    if method.trim is Trim.NONE:
+    if not method.dense:
         unused += ["density", "rescale"]
     if method.trim is not Trim.OUTLIERS:
         unused.append("gamma")
     if not method.trim.by_magnitude:
         unused += ["scope", "threshold_ties"]
-    if not method.task_vector or method.blend:
+    if not method.scales:
         unused.append("lambda")
-    if method.blend or method.own:
+    if method.blend or method.fuse or method.own:
         unused.append("normalize")
     if not method.weighted:
         unused.append("weight")
-    unused += [name for name in DEFAULTS if name not in method.own]
+    ranked = ("epsilon",) if method.trim is Trim.RANKED else ()
+    unused += [name for name in DEFAULTS if name not in (*method.own, *ranked)]
     notes += [f"{name} has no effect with {method.name}" for name in unused if name in given]
 
 

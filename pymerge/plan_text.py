@@ -17,8 +17,9 @@ def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts
     """Base, experts and what varies, one line each; `counts`: each part's layers, 0 where none are known."""
     lines = []
     names = ["weight"] if method.weighted else []
-    names += ["density"] if method.trim is not Trim.NONE else []
+    names += ["density"] if method.dense else []
     names += ["gamma"] if method.trim is Trim.OUTLIERS else []
+    names += ["epsilon"] if method.trim is Trim.RANKED else []
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         if part.where:
             begin = sum(counts[:number])
@@ -29,7 +30,7 @@ def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts
             if entry is part.base:
                 lines.append(f"base         {path}{of}")
                 continue
-            defaults = {"density": method.density, "gamma": method.gamma}
+            defaults = {"density": method.density, "gamma": method.gamma, "epsilon": method.epsilon}
             scopes = recipe.scopes(part.slice, entry)
             given = [f"{name} {_stated(cases_of(scopes, name), defaults.get(name), count)}" for name in names]
             stated = f" ({', '.join(given)})" if given else ""

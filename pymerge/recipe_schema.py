@@ -92,13 +92,14 @@ def _parameters(keys: Mapping[str, Key]) -> Key:
 
 
 FLAGS = ("nuslerp_flatten", "nuslerp_row_wise", "normalize_weights", "filter_wise")
-MODEL_PARAMETERS = {name: optional(NUMBER) for name in ("weight", "density", "gamma", "scale")}
+NUMBERS = ("t", "eps", "max_iter", "tol", "r", "alpha", "select_topk", "claim", "votes")
+MODEL_PARAMETERS = {name: optional(NUMBER) for name in ("weight", "density", "gamma", "epsilon", "scale")}
 SLICE_PARAMETERS = {
     **MODEL_PARAMETERS,
     "lambda": optional(NUMBER),
     "normalize": optional(FLAG),
     "rescale": optional(FLAG),
-    **{name: optional(NUMBER) for name in ("t", "eps", "max_iter", "tol")},
+    **{name: optional(NUMBER) for name in NUMBERS},
     **{name: optional(FLAG) for name in FLAGS},
     "int8_mask": optional(FLAG),
 }

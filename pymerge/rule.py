@@ -19,11 +19,24 @@ class Trim(Enum):
     MAGNITUDE = "magnitude"
     RANDOM = "random"
     OUTLIERS = "outliers"
+    RANKED = "ranked"
+    VARIANCE = "variance"
+    IMPORTANCE = "importance"
 
     @property
     def by_magnitude(self) -> bool:
         """Whether thresholds decide, which have to be searched for."""
         return self in (Trim.MAGNITUDE, Trim.OUTLIERS)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether random words decide."""
+        return self in (Trim.RANDOM, Trim.RANKED)
+
+    @property
+    def scored(self) -> bool:
+        """Whether one score for each element decides for all experts alike."""
+        return self in (Trim.VARIANCE, Trim.IMPORTANCE)
 
 
 class ThresholdTies(Enum):
@@ -50,6 +63,17 @@ class Blend(Enum):
     MODEL_STOCK = "model_stock"
 
 
+class Fuse(Enum):
+    """How the entries of one element become one, where that is not a weighted sum."""
+
+    SWAP = "swap"
+    OVERLAP = "overlap"
+    ENERGY = "energy"
+    LARGEST = "largest"
+    ELECTED = "elected"
+    CONSENSUS = "consensus"
+
+
 class Vectors(Enum):
     """What one Gram matrix is taken over: the whole tensor, each row (last axis), or each column (first)."""
 
@@ -71,13 +95,31 @@ class Blending:
 
 
 @dataclass(frozen=True, slots=True)
+class Fusing:
+    """A fuse and its numbers.
+
+    `t`: how near (swap), the threshold (overlap), how much of the others' sum (consensus). `boost`,
+    `most_boost`: by how much an entry that stands alone is raised (overlap). `votes`: how many experts must
+    claim an entry (consensus).
+    """
+
+    kind: Fuse
+    t: float = 0.0
+    boost: float = 0.0
+    most_boost: float = 0.0
+    votes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One tensor's arithmetic, every default filled in; sequences hold one entry per expert.
 
     `task_vector`: experts are taken relative to the base (False: there is no base, or it is an expert).
     `weights`, `densities`: in recipe order; `gammas`: the shares that are outliers, where
-    a trim drops them. `lambda_`: factor on the merged task vector.
-    `blend`: the coefficients come from the inputs; None: they are the weights.
+    a trim drops them; `epsilons`: how far a density goes up and down with the rank, where it does. `lambda_`:
+    factor on the merged task vector.
+    `blend`: the coefficients come from the inputs; None: they are the weights. `fuse`: entries become one by
+    a formula of their own.
     `copy`: the one input is the result, byte for byte, wherever the type stays.
     """
 
@@ -93,27 +135,36 @@ class Rule:
     scope: Scope = Scope.TENSOR
     seed: int = 0
     gammas: tuple[float, ...] = ()
+    epsilons: tuple[float, ...] = ()
     blend: Blending | None = None
+    fuse: Fusing | None = None
     copy: bool = False
 
     @property
     def has_kernels(self) -> bool:
         """Whether there are kernels for GPUs that follow it."""
-        return self.trim is not Trim.OUTLIERS and self.blend is None
+        known = self.trim in (Trim.NONE, Trim.MAGNITUDE, Trim.RANDOM)
+        return known and self.blend is None and self.fuse is None
 
 
 def check_rule(rule: Rule, backend: str) -> None:
     """BackendError for a rule that the kernels for GPUs do not follow."""
     if not rule.has_kernels:
-        what = rule.trim.value if rule.blend is None else rule.blend.kind.value
+        special = rule.blend or rule.fuse
+        what = special.kind.value if special else rule.trim.value
         raise BackendError(f"the {backend} backend has no kernels for {what}")
 
 
 def passes(rule: Rule, length: int = READ_ONCE + 1) -> int:
-    """How often the inputs are read: once, or twice when a rescale or a blend needs sums first.
+    """How often the inputs are read: once, and once more for each kind of sums or scores that comes first.
 
-    `length`: elements of the vectors that a blend takes one by one; by default long ones.
+    `length`: elements of the vectors that a blend takes one by one; by default long ones. Where memory holds
+    no scores of a whole tensor, these take more readings.
     """
     if rule.blend is not None:
         return 2 if length > READ_ONCE else 1
-    return 2 if rule.rescale and any(density < 1 for density in rule.densities) else 1
+    sums = rule.rescale and any(density < 1 for density in rule.densities)
+    if rule.fuse is not None:
+        sums = rule.fuse.kind is Fuse.ENERGY or rule.fuse.boost != 0
+    scores = {Trim.VARIANCE: int(rule.densities[0] < 1), Trim.IMPORTANCE: 2}.get(rule.trim, 0)
+    return 1 + sums + scores

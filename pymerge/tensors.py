@@ -12,7 +12,7 @@ from pymerge.backends.arrays import TORCH, Array, ArrayKind, dtype_of
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, ProblemList, RecipeError
 from pymerge.job import Region, TensorJob, row_of
-from pymerge.methods import Base, Method, method_named, rule_for
+from pymerge.methods import Base, Method, method_named
 from pymerge.operands import Stack, expert_list, read_operands, stacked
 from pymerge.options import (
     PerExpert,
@@ -25,6 +25,7 @@ from pymerge.options import (
     per_expert,
 )
 from pymerge.rule import Rule, Scope, ThresholdTies
+from pymerge.ruling import rule_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,6 +63,7 @@ def merge_tensors(
     weight: PerExpert | None = 1.0,
     density: PerExpert | None = 1.0,
     gamma: PerExpert | None = None,
+    epsilon: PerExpert | None = None,
     lambda_: SupportsFloat | None = 1.0,
     normalize: bool | None = None,
     rescale: bool | None = None,
@@ -77,6 +79,11 @@ def merge_tensors(
     tol: SupportsFloat = 1e-5,
     filter_wise: bool = False,
     scale: SupportsFloat = 1.0,
+    r: SupportsFloat = 0.1,
+    alpha: SupportsFloat = 0.2,
+    select_topk: SupportsFloat = 1.0,
+    claim: SupportsFloat = 0.4,
+    votes: SupportsIndex = 2,
     out: Tensors | None = None,
     out_dtype: object = None,
     threads: SupportsIndex | None = None,
@@ -87,12 +94,14 @@ def merge_tensors(
     `base`, each of `experts`: a tensor, or a dict of tensors with the same names; never modified. `base` is
     None for `linear`; for `slerp` it is the model at t = 0; `nuslerp` and `multislerp` go without one or are
     relative to it; `karcher` and `passthrough` take it for one more expert. `weight`, `density`, `gamma` (the
-    share that is outliers): a number for all experts or one for each; None: the method's default. Numbers may
-    be scalars of numpy or torch.
+    share that is outliers), `epsilon`: a number for all experts or one for each; None: the method's default.
+    Numbers may be scalars of numpy or torch.
     `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among
     equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
     dict. `t` (slerp), `nuslerp_flatten` and `nuslerp_row_wise`, `normalize_weights` and `eps` (multislerp),
-    `max_iter` and `tol` (karcher), `filter_wise` (model_stock), `scale` (passthrough): as in a recipe.
+    `max_iter` and `tol` (karcher), `filter_wise` (model_stock), `scale` (passthrough), `epsilon` (della, for
+    each expert; ram), `r` and `alpha` (ramplus_tl), `select_topk` (sce), `claim` and `votes` (consensus): as
+    in a recipe.
     `out`: where to write, contiguous and apart from the inputs. `out_dtype`: element type of the result
     (default: the inputs' common type). `threads`: None uses every core. `backend`: "cpu",
     "cuda", "triton", "reference", or None for the best that takes the tensors.
@@ -111,7 +120,14 @@ def merge_tensors(
         "tol": as_number(tol, "tol"),
         "filter_wise": as_flag(filter_wise, "filter_wise"),
         "scale": as_number(scale, "scale"),
+        "r": as_number(r, "r"),
+        "alpha": as_number(alpha, "alpha"),
+        "select_topk": as_number(select_topk, "select_topk"),
+        "claim": as_number(claim, "claim"),
+        "votes": as_count(votes, "votes"),
     }
+    if "epsilon" in row.own and epsilon is not None:
+        options["epsilon"] = as_number(epsilon, "epsilon")
     count = len(members)
     if not row.weighted:
         weight, density = None, None
@@ -121,6 +137,7 @@ def merge_tensors(
             weights=per_expert(1.0 if weight is None else weight, count, "weight"),
             densities=None if density is None else per_expert(density, count, "density"),
             gammas=None if gamma is None else per_expert(gamma, count, "gamma"),
+            epsilons=None if epsilon is None else per_expert(epsilon, count, "epsilon"),
             options=options,
             has_base=base is not None,
             lambda_=None if lambda_ is None else as_number(lambda_, "lambda_"),

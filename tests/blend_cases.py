@@ -12,8 +12,9 @@ from cases import BF16, DATA, DTYPES, F32, F64, Group, Inputs, normal
 from torch import Tensor
 
 from pymerge.backends import reference
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.rule import Rule
+from pymerge.ruling import rule_for
 
 # method, base given, experts (the base among them for slerp), options
 SETTINGS: dict[str, tuple[str, bool, int, dict[str, object]]] = {

@@ -19,8 +19,9 @@ from pymerge.backends.blend import coefficients
 from pymerge.backends.native import Settings
 from pymerge.errors import BackendError, CheckpointError, ProblemList, RecipeError
 from pymerge.explaining import explain, own_defaults
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.rule import READ_ONCE, Blend, Rule, Vectors, passes
+from pymerge.ruling import rule_for
 from pymerge.tensors import Backend, choose_backend
 
 CASES, LARGE_CASES = blend_cases(), large_cases()

@@ -22,10 +22,11 @@ from harness import ISAS
 import pymerge
 from pymerge.backends.native import Settings
 from pymerge.errors import CheckpointError, ProblemList, PymergeError
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.plan_memory import TILE, budget
 from pymerge.planner import Plan, make_plan
 from pymerge.recipe import load_recipe
+from pymerge.ruling import rule_for
 from pymerge.run.local import execute_plan
 
 BF16 = torch.bfloat16

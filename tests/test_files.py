@@ -25,10 +25,10 @@ from harness import ISAS
 import pymerge
 from pymerge.backends.native import Settings
 from pymerge.methods import METHODS as METHOD_TABLE
-from pymerge.methods import rule_for
 from pymerge.planner import Plan, make_plan
 from pymerge.recipe import load_recipe
 from pymerge.rule import Rule, Scope, ThresholdTies
+from pymerge.ruling import rule_for
 from pymerge.run.local import execute_plan
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}

@@ -29,7 +29,7 @@ LONGEST = 400
 LAYERS = (
     ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
     ("parameters", "hub", "references", "recipe_yaml", "recipe_values", "recipe_schema", "recipe"),
-    ("blending", "methods", "explaining"),
+    ("blending", "methods", "ruling", "explaining"),
     ("checkpoint",),
     (
         "planner",
@@ -45,7 +45,7 @@ LAYERS = (
     ("backends",),
     ("run", "options", "operands", "tensors", "verify", "diff"),
     ("integrations",),
-    ("api", "info", "demo", "demo_blend", "demo_check", "demo_family"),
+    ("api", "info", "demo", "demo_blend", "demo_fuse", "demo_check", "demo_family"),
     ("cli",),
     ("__main__",),
 )

@@ -9,8 +9,9 @@ import pytest
 
 from pymerge.errors import ProblemList, RecipeError
 from pymerge.explaining import explain
-from pymerge.methods import METHODS, Method, method_named, rule_for
+from pymerge.methods import METHODS, Method, method_named
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim, passes
+from pymerge.ruling import rule_for
 
 TIES = METHODS["ties"]
 # As mergekit 0.1.5 has them: elects, trims, normalize, rescale.

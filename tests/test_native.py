@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from pymerge.backends import reference
 from pymerge.backends.native import Isa, Settings
+from pymerge.backends.rounding import magnitude
 from pymerge.rule import Scope, ThresholdTies
 
 CASES = golden_cases()
@@ -84,7 +85,7 @@ def test_thresholds_are_those_of_a_full_sort(case: Case, bias: float) -> None:
     for part, found in zip(parts, report.thresholds, strict=True):
         for k, threshold in enumerate(found):
             d = torch.cat([group.experts[i][k].float() - group.bases[i].float() for i in part])
-            m, flat = reference.magnitude(d), torch.arange(d.numel())
+            m, flat = magnitude(d), torch.arange(d.numel())
             equal = (m == threshold.magnitude) & (flat < min(threshold.index, d.numel()))
             kept = (m > threshold.magnitude) | equal
             assert torch.equal(kept, reference.select(m, float(case.density), case.ties))

@@ -12,8 +12,9 @@ from harness import ISAS, assert_same_bits, run_native
 
 from pymerge.backends import reference
 from pymerge.backends.native import Isa, Settings
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.rule import Scope, ThresholdTies
+from pymerge.ruling import rule_for
 
 
 def reference_of(group: Group) -> list[torch.Tensor]:

@@ -17,11 +17,12 @@ import pymerge
 from pymerge.backends import reference
 from pymerge.checkpoint.sidefiles import states_layers, with_layers
 from pymerge.errors import ProblemList
-from pymerge.methods import METHODS, rule_for
+from pymerge.methods import METHODS
 from pymerge.plan_layers import Layers
 from pymerge.plan_memory import budget
 from pymerge.plan_stack import is_first
 from pymerge.planner import Plan
+from pymerge.ruling import rule_for
 
 LAYERS = 2  # of the family
 

@@ -2,9 +2,9 @@
 //
 // A lane type V offers: V::Work, V::Bits, V::Mask (with ^ and |=), V::width, V::set(x), V::none(),
 // V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign,
-// is_positive, is_zero, is_nan, select, add_where, keep_where, tally_where, tallied; for whole groups of
-// kGroup vectors: load_group, store_group, element_mask, random_group, pack_group. The formulas of trim.h,
-// elect.h and combine.h are written over any such type.
+// is_positive, is_zero, is_nan, larger, select, add_where, keep_where, tally_where, tallied; for whole groups
+// of kGroup vectors: load_group, store_group, element_mask, random_words, words_below, spread_bits,
+// pack_group. The formulas of trim.h, elect.h, combine.h and fuse.h are written over any such type.
 #pragma once
 #include "philox.h"
 
@@ -85,6 +85,11 @@ template <class W>
 PM_HD bool is_nan(Scalar<W> a) {
   return a.x != a.x;
 }
+// Whether |a| > |b|; a NaN is larger than any number.
+template <class W>
+PM_HD bool larger(Scalar<W> a, Scalar<W> b) {
+  return magnitude(a) > magnitude(b);
+}
 template <class W>
 PM_HD Scalar<W> select(bool mask, Scalar<W> yes, Scalar<W> no) {
   return mask ? yes : no;
@@ -131,14 +136,28 @@ PM_HD uint64_t element_mask(T, Scalar<W>, uint64_t fields) {
   return bits;
 }
 
-// Keep masks of random trim for the group whose first element has flat index `index` (a multiple of 4).
-// A word below `limit` = floor(density * 2^32) keeps its element.
+// The random words of the group whose first element has flat index `index` (a multiple of 4), in element
+// order.
 template <class W>
-PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit,
-                        Scalar<W>, bool (&keep)[kGroup]) {
+PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Scalar<W>,
+                        uint32_t* to) {
   uint32_t c[4] = {uint32_t(index >> 2), uint32_t(index >> 34), expert, 0};
   philox(c, key0, key1);
-  for (int g = 0; g < kGroup; ++g) keep[g] = c[g] < limit;
+  for (int g = 0; g < kGroup; ++g) to[g] = c[g];
+}
+
+// One bit for each word of a group that is below `limit`.
+template <class W>
+PM_HD uint64_t words_below(const uint32_t* words, uint32_t limit, Scalar<W>) {
+  uint64_t bits = 0;
+  for (int g = 0; g < kGroup; ++g) bits |= uint64_t(words[g] < limit) << g;
+  return bits;
+}
+
+// The masks of a group from one bit per element; lanes are in element order.
+template <class W>
+PM_HD void spread_bits(uint64_t bits, Scalar<W>, bool (&mask)[kGroup]) {
+  for (int g = 0; g < kGroup; ++g) mask[g] = bits >> g & 1;
 }
 
 // Copies the elements whose bit is set to `to`, packed; may write up to a group past them.

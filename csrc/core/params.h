@@ -4,10 +4,34 @@
 
 namespace pm {
 
-enum class Trim : int { none = 0, magnitude = 1, random = 2, outliers = 3 };
+enum class Trim : int {
+  none = 0,
+  magnitude = 1,
+  random = 2,
+  outliers = 3,
+  ranked = 4,      // at random, the less likely the smaller in its row
+  variance = 5,    // where the experts differ most
+  importance = 6,  // where the change is an outlier, weighed by how far its row's distribution moved
+  given = 7,       // kernels only: as a mask says
+};
 
-// Whether a trim goes by thresholds, which have to be searched for.
+// Whether a trim goes by thresholds on each expert's magnitudes, which have to be searched for.
 PM_HD constexpr bool by_magnitude(Trim trim) { return trim == Trim::magnitude || trim == Trim::outliers; }
+// Whether a trim is made as masks before the merge.
+PM_HD constexpr bool by_mask(Trim trim) {
+  return trim == Trim::random || (trim >= Trim::ranked && trim <= Trim::importance);
+}
+
+// How the entries of one element become one, where that is not a weighted sum: see fuse.h.
+enum class Fuse : int {
+  none = 0,
+  swap = 1,
+  overlap = 2,
+  energy = 3,
+  largest = 4,
+  elected = 5,
+  consensus = 6
+};
 
 // What the coefficients of a linear map are computed from the inputs' Gram matrix as.
 enum class Blend : int { none = 0, slerp = 1, nuslerp = 2, multislerp = 3, karcher = 4, model_stock = 5 };
@@ -34,13 +58,12 @@ template <class Work>
 struct MapParams {
   int experts = 0;
   const Work* weight = nullptr;
-  const Work* scale = nullptr;      // factor on the trimmed task vector (rescale), 1 if none
-  Work lambda = 1;                  // on the merged task vector; unused without a base
-  Work divisor = 1;                 // non-electing methods: the sum of the weights, or 1
-  bool normalize = false;           // electing methods: divide by the weights of the agreeing experts
-  const uint32_t* limit = nullptr;  // random trim: keep where the random word is below; 2^32 - 1 and
-  const uint8_t* whole = nullptr;   // ... `whole` set: keep everything
-  uint32_t key0 = 0, key1 = 0;      // random trim: from the seed and the tensor's name
+  const Work* scale = nullptr;  // factor on the trimmed task vector (rescale), 1 if none
+  Work lambda = 1;              // on the merged task vector; unused without a base
+  Work divisor = 1;             // non-electing methods: the sum of the weights, or 1
+  bool normalize = false;       // electing methods: divide by the weights of the agreeing experts
+  Work t = 0;                   // fuse: the number of its formula
+  int votes = 0;                // fuse consensus: how many experts must claim an entry
 };
 
 // One block of elements. Thresholds are magnitude bits: an entry is kept where bits(|d|) >= keep_at. Where
@@ -52,8 +75,9 @@ struct MapBlock {
   const void* const* expert = nullptr;
   void* out = nullptr;
   int64_t count = 0;
-  uint64_t index = 0;  // flat index of the first element, a multiple of 4 (random trim)
-  int cuts = 0;        // masses only: how many thresholds, one for each expert or two
+  int cuts = 0;  // masses only: how many thresholds, one for each expert or two
+  const uint64_t* const* mask =
+      nullptr;  // given trim: a bit per element, for each expert; null: all are kept
   const Bits* keep_at = nullptr;
   const Bits* open_at = nullptr;   // Collect: entries in [open_at, keep_at) are undecided
   const Bits* count_at = nullptr;  // Collect: entries at or above are counted in `above`

@@ -1,6 +1,8 @@
 // The tables of compiled kernels: one per instruction set and element type, chosen at run time.
 #pragma once
-#include "stats.h"
+#include "draw.h"
+#include "fuse.h"
+#include "score.h"
 
 namespace pm {
 
@@ -19,7 +21,7 @@ struct MapShape {
 template <class Work>
 struct KernelSet {
   using Bits = typename WorkTraits<Work>::Bits;
-  MapFn<Work> linear, sum, sum_random, elect, elect_unit, elect_random;
+  MapFn<Work> linear, sum, sum_given, elect, elect_unit, elect_given;
   // By Collect.
   MapFn<Work> sum_magnitude[3], elect_magnitude[3], elect_magnitude_unit[3], sum_outliers[3],
       elect_outliers[3];
@@ -28,6 +30,15 @@ struct KernelSet {
                     OpenKeys<Bits>* to);
   int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
+  void (*energies)(const MapBlock<Work>&, int k, int64_t offset, double* lanes);
+  MapFn<Work> fuse[kFuses], fuse_given[kFuses];  // by Fuse
+  void (*overlaps)(const MapParams<Work>&, const MapBlock<Work>&, int64_t* alone, int64_t* shared,
+                   void* scratch);
+  void (*variance)(const MapBlock<Work>&, int experts, Work* score, void* scratch);
+  void (*importance)(const MapBlock<Work>&, Work row, Work* score);
+  double (*most)(const void* input, int64_t count);
+  void (*exponentials)(const void* input, int64_t count, double most, double* lanes);
+  void (*divergence)(const void* base, const void* input, int64_t count, const RowSums&, double* lanes);
   void (*gram)(const void* base, const void* const* input, int inputs, int64_t count, double* lanes,
                double* scratch);
 
@@ -36,7 +47,7 @@ struct KernelSet {
     if (s.trim == Trim::outliers) return (s.elect ? elect_outliers : sum_outliers)[int(s.collect)];
     if (s.trim == Trim::magnitude && !s.elect) return sum_magnitude[int(s.collect)];
     if (s.trim == Trim::magnitude) return (s.unit ? elect_magnitude_unit : elect_magnitude)[int(s.collect)];
-    if (s.trim == Trim::random) return s.elect ? elect_random : sum_random;
+    if (s.trim == Trim::given) return s.elect ? elect_given : sum_given;
     return !s.elect ? sum : s.unit ? elect_unit : this->elect;
   }
 };
@@ -46,6 +57,7 @@ using ConvertFn = void (*)(const void* from, void* to, int64_t count);
 
 struct IsaKernels {
   KernelSet<float> f32[3];  // by DType: bf16, f16, f32
+  DrawKernels draw;
   ConvertFn widen[3], narrow[3];
 };
 

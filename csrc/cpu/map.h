@@ -49,7 +49,7 @@ class MapKernel {
   using GroupCount = typename V::GroupCount;
   using Vectors = V[kGroup];
   static constexpr int kElements = V::width * kGroup;
-  static constexpr bool kOrdered = S::trim == Trim::random;  // random words come in element order
+  static constexpr bool kOrdered = S::trim == Trim::given;  // masks are in element order
   static constexpr bool kCollecting = S::collect != Collect::no;
   static constexpr bool kCountsAbove = S::collect == Collect::all;
   static constexpr int kCuts = S::trim == Trim::outliers ? 2 : 1;  // per expert
@@ -129,11 +129,11 @@ class MapKernel {
     for (int g = 0; g < kGroup; ++g) mass[g] = V::set(0), undecided[g] = V::none();
     for (int64_t k = 0; k < p_.experts; ++k) {
       V d[kGroup];
-      Mask drawn[kGroup];
+      Mask given[kGroup];
       load_group<kOrdered>(T{}, expert[k] + at, d);
       prefetch(expert[k] + at);
-      if (S::trim == Trim::random && !p_.whole[k])
-        random_group(b_.index + offset, uint32_t(k), p_.key0, p_.key1, p_.limit[k], V{}, drawn);
+      if (S::trim == Trim::given && b_.mask[k])
+        spread_bits(b_.mask[k][offset / 64] >> (offset % 64), V{}, given);
       GroupCount kept[kCuts], above[kCuts];
 #pragma GCC unroll 2
       for (int c = 0; c < kCuts; ++c) {
@@ -148,8 +148,8 @@ class MapKernel {
         if constexpr (by_magnitude(S::trim)) keep = reach(k, g, d[g], undecided + g, kept, above);
         if constexpr (S::trim == Trim::outliers)
           keep = trim_outliers(keep, reach(p_.experts + k, g, d[g], undecided + g, kept + 1, above + 1));
-        if constexpr (S::trim == Trim::random)
-          if (!p_.whole[k]) keep = drawn[g];
+        if constexpr (S::trim == Trim::given)
+          if (b_.mask[k]) keep = given[g];
         V v = d[g];
         if constexpr (!S::unit) v = (S::base ? v * V::set(p_.scale[k]) : v) * V::set(p_.weight[k]);
         if constexpr (S::trim != Trim::none) v = keep_where(keep, v);

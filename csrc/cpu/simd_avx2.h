@@ -77,6 +77,9 @@ PM_HD Avx2::Mask is_positive(Avx2 a) {
 }
 PM_HD Avx2::Mask is_zero(Avx2 a) { return {_mm256_cmp_ps(a.x, _mm256_setzero_ps(), _CMP_EQ_OQ)}; }
 PM_HD Avx2::Mask is_nan(Avx2 a) { return {_mm256_cmp_ps(a.x, a.x, _CMP_UNORD_Q)}; }
+PM_HD Avx2::Mask larger(Avx2 a, Avx2 b) {
+  return as_mask(_mm256_cmpgt_epi32(magnitude(a).x, magnitude(b).x));
+}
 PM_HD Avx2 select(Avx2::Mask m, Avx2 yes, Avx2 no) { return {_mm256_blendv_ps(no.x, yes.x, m.x)}; }
 PM_HD Avx2 keep_where(Avx2::Mask m, Avx2 a) { return {_mm256_and_ps(m.x, a.x)}; }
 // A sum that began at +0 is unchanged by adding +0, so masking the addend equals not adding.
@@ -188,16 +191,7 @@ PM_HD WideProduct256 multiply_wide(Word256 a, uint32_t m) {
   const __m256i p0 = _mm256_mul_epu32(a.half[0], factor), p1 = _mm256_mul_epu32(a.half[1], factor);
   return {{{_mm256_srli_epi64(p0, 32), _mm256_srli_epi64(p1, 32)}}, {{p0, p1}}};
 }
-PM_HD uint32_t below(Word256 word, uint32_t limit) {
-  const __m256i low = _mm256_set1_epi64x(0xffffffff), bound = _mm256_set1_epi64x(limit);
-  auto bits = [&](__m256i half) {
-    const __m256i is_below = _mm256_cmpgt_epi64(bound, _mm256_and_si256(half, low));
-    return uint32_t(_mm256_movemask_pd(_mm256_castsi256_pd(is_below)));
-  };
-  return bits(word.half[0]) | bits(word.half[1]) << 4;
-}
-PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit, Avx2,
-                        Avx2::Mask (&keep)[kGroup]) {
+PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Avx2, uint32_t* to) {
   const __m256i first =
       _mm256_add_epi64(_mm256_set1_epi64x(int64_t(index >> 2)), _mm256_setr_epi64x(0, 1, 2, 3));
   const Word256 counter{{first, _mm256_add_epi64(first, _mm256_set1_epi64x(4))}};
@@ -206,12 +200,30 @@ PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
                   {{_mm256_set1_epi64x(expert), _mm256_set1_epi64x(expert)}},
                   {{_mm256_setzero_si256(), _mm256_setzero_si256()}}};
   philox(c, key0, key1);
-  uint64_t bits = 0;
-  for (int w = 0; w < 4; ++w) bits |= _pdep_u64(below(c[w], limit), 0x11111111ull << w);
+  for (int h = 0; h < 2; ++h) {  // four counters: their words 0 and 1 side by side, 2 and 3, then in order
+    const __m256i low = _mm256_blend_epi32(c[0].half[h], _mm256_slli_epi64(c[1].half[h], 32), 0xaa);
+    const __m256i high = _mm256_blend_epi32(c[2].half[h], _mm256_slli_epi64(c[3].half[h], 32), 0xaa);
+    const __m256i even = _mm256_unpacklo_epi64(low, high), odd = _mm256_unpackhi_epi64(low, high);
+    auto* line = reinterpret_cast<__m256i*>(to + 16 * h);
+    _mm256_storeu_si256(line, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256(line + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+  }
+}
+PM_HD uint64_t words_below(const uint32_t* words, uint32_t limit, Avx2) {
+  const __m256i bound = _mm256_set1_epi32(int(limit));
+  uint64_t not_below = 0;
+  for (int g = 0; g < kGroup; ++g) {
+    const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + 8 * g));
+    const __m256i reaches = _mm256_cmpeq_epi32(_mm256_max_epu32(word, bound), word);
+    not_below |= uint64_t(uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)))) << (8 * g);
+  }
+  return not_below ^ 0xffffffff;
+}
+PM_HD void spread_bits(uint64_t bits, Avx2, Avx2::Mask (&mask)[kGroup]) {
   const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (int g = 0; g < kGroup; ++g) {
     const __m256i byte = _mm256_set1_epi32(int(bits >> (8 * g) & 0xff));
-    keep[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(byte, lane_bit), lane_bit));
+    mask[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(byte, lane_bit), lane_bit));
   }
 }
 

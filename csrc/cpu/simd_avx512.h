@@ -75,6 +75,7 @@ PM_HD Avx512 flip_sign(Avx512 a, Avx512 sign) {
 PM_HD __mmask16 is_positive(Avx512 a) { return _mm512_cmpgt_epi32_mask(bits_of(a), _mm512_setzero_si512()); }
 PM_HD __mmask16 is_zero(Avx512 a) { return _mm512_cmp_ps_mask(a.x, _mm512_setzero_ps(), _CMP_EQ_OQ); }
 PM_HD __mmask16 is_nan(Avx512 a) { return _mm512_cmp_ps_mask(a.x, a.x, _CMP_UNORD_Q); }
+PM_HD __mmask16 larger(Avx512 a, Avx512 b) { return _mm512_cmpgt_epu32_mask(magnitude(a).x, magnitude(b).x); }
 PM_HD Avx512 select(__mmask16 m, Avx512 yes, Avx512 no) { return {_mm512_mask_mov_ps(no.x, m, yes.x)}; }
 PM_HD Avx512 keep_where(__mmask16 m, Avx512 a) { return {_mm512_maskz_mov_ps(m, a.x)}; }
 PM_HD Avx512 add_where(__mmask16 m, Avx512 sum, Avx512 a) {
@@ -190,13 +191,7 @@ PM_HD WideProduct512 multiply_wide(Word512 a, uint32_t m) {
   const __m512i p0 = _mm512_mul_epu32(a.half[0], factor), p1 = _mm512_mul_epu32(a.half[1], factor);
   return {{{_mm512_srli_epi64(p0, 32), _mm512_srli_epi64(p1, 32)}}, {{p0, p1}}};
 }
-PM_HD uint32_t below(Word512 word, uint32_t limit) {
-  const __m512i low = _mm512_set1_epi64(0xffffffff), bound = _mm512_set1_epi64(limit);
-  return _mm512_cmplt_epu64_mask(_mm512_and_si512(word.half[0], low), bound) |
-         uint32_t(_mm512_cmplt_epu64_mask(_mm512_and_si512(word.half[1], low), bound)) << 8;
-}
-PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, uint32_t limit, Avx512,
-                        __mmask16 (&keep)[kGroup]) {
+PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Avx512, uint32_t* to) {
   const __m512i first =
       _mm512_add_epi64(_mm512_set1_epi64(int64_t(index >> 2)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
   const Word512 counter{{first, _mm512_add_epi64(first, _mm512_set1_epi64(8))}};
@@ -205,9 +200,24 @@ PM_HD void random_group(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
                   {{_mm512_set1_epi64(expert), _mm512_set1_epi64(expert)}},
                   {{_mm512_setzero_si512(), _mm512_setzero_si512()}}};
   philox(c, key0, key1);
+  const __m512i front = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                back = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  for (int h = 0; h < 2; ++h) {  // eight counters: their words 0 and 1 side by side, 2 and 3, then in order
+    const __m512i low = _mm512_mask_blend_epi32(0xaaaa, c[0].half[h], _mm512_slli_epi64(c[1].half[h], 32));
+    const __m512i high = _mm512_mask_blend_epi32(0xaaaa, c[2].half[h], _mm512_slli_epi64(c[3].half[h], 32));
+    _mm512_storeu_si512(to + 32 * h, _mm512_permutex2var_epi64(low, front, high));
+    _mm512_storeu_si512(to + 32 * h + 16, _mm512_permutex2var_epi64(low, back, high));
+  }
+}
+PM_HD uint64_t words_below(const uint32_t* words, uint32_t limit, Avx512) {
+  const __m512i bound = _mm512_set1_epi32(int(limit));
   uint64_t bits = 0;
-  for (int w = 0; w < 4; ++w) bits |= _pdep_u64(below(c[w], limit), 0x1111111111111111ull << w);
-  for (int g = 0; g < kGroup; ++g) keep[g] = __mmask16(bits >> (16 * g));
+  for (int g = 0; g < kGroup; ++g)
+    bits |= uint64_t(_mm512_cmplt_epu32_mask(_mm512_loadu_si512(words + 16 * g), bound)) << (16 * g);
+  return bits;
+}
+PM_HD void spread_bits(uint64_t bits, Avx512, __mmask16 (&mask)[kGroup]) {
+  for (int g = 0; g < kGroup; ++g) mask[g] = __mmask16(bits >> (16 * g));
 }
 
 PM_HD void pack_group(Avx512, const uint32_t* from, uint64_t bits, uint32_t* to) {

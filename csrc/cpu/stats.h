@@ -18,6 +18,9 @@ struct OpenKeys {
   uint32_t origin;
 };
 
+// The lowest `n` bits, of a group or less.
+PM_HD uint64_t first_bits(uint64_t bits, int n) { return n < 64 ? bits & ((1ull << n) - 1) : bits; }
+
 template <class V, class T>
 class StatsKernel {
   using Work = typename T::Work;
@@ -26,6 +29,26 @@ class StatsKernel {
   static constexpr int kElements = V::width * kGroup;
 
  public:
+  // body(task vectors of a group, its first element, how many of its elements are there).
+  template <class F>
+  static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
+    const Raw *b = static_cast<const Raw*>(base), *x = static_cast<const Raw*>(expert);
+    for (int64_t at = 0; at < count; at += kElements) {
+      const int n = int(std::min<int64_t>(kElements, count - at));
+      Raw padded_base[kElements] = {}, padded[kElements] = {};
+      const bool whole = n == kElements;
+      if (!whole) {
+        std::copy(b + at, b + at + n, padded_base);
+        std::copy(x + at, x + at + n, padded);
+      }
+      V vb[kGroup], d[kGroup];
+      load_group<true>(T{}, whole ? b + at : padded_base, vb);
+      load_group<true>(T{}, whole ? x + at : padded, d);
+      for (int g = 0; g < kGroup; ++g) d[g] = d[g] - vb[g];
+      body(d, at, n);
+    }
+  }
+
   // key[i] = bits(|expert[i] - base[i]|) in element order.
   static void keys(const void* base, const void* expert, int64_t count, Bits* key) {
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
@@ -64,14 +87,14 @@ class StatsKernel {
   static void masses(const MapParams<Work>& p, const MapBlock<Work>& b, int k, int64_t offset, Masses* sums) {
     each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
       typename V::Mask keep[kGroup];
-      if (b.keep_at)
+      if (b.mask)
+        mask_group(b.mask[k], at, keep);
+      else
         for (int g = 0; g < kGroup; ++g) {
           keep[g] = trim_magnitude(d[g], b.keep_at[k]);
           if (b.cuts > p.experts)
             keep[g] = trim_outliers(keep[g], trim_magnitude(d[g], b.keep_at[p.experts + k]));
         }
-      else
-        random_group(b.index + at, k, p.key0, p.key1, p.limit[k], V{}, keep);
       V kept[kGroup];
       for (int g = 0; g < kGroup; ++g) kept[g] = keep_where(keep[g], d[g]);
       Work all_value[kElements], kept_value[kElements];
@@ -82,33 +105,37 @@ class StatsKernel {
     });
   }
 
+  // Adds the squares of the kept entries of expert k to the virtual lanes.
+  static void energies(const MapBlock<Work>& b, int k, int64_t offset, double* lanes) {
+    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
+      typename V::Mask keep[kGroup];
+      if (b.mask) mask_group(b.mask[k], at, keep);
+      Work value[kElements];
+      for (int g = 0; g < kGroup; ++g) {
+        const V kept = b.mask ? keep_where(keep[g], d[g]) : d[g];
+        memcpy(value + g * V::width, &kept, sizeof kept);
+      }
+      for (int j = 0; j < n; ++j) {
+        const double entry = double(value[j]);
+        lanes[(offset + at + j) % kVirtualLanes] += entry * entry;
+      }
+    });
+  }
+
  private:
+  PM_HD static void mask_group(const uint64_t* mask, int64_t at, typename V::Mask (&keep)[kGroup]) {
+    if (mask)
+      spread_bits(mask[at / 64] >> (at % 64), V{}, keep);
+    else
+      for (int g = 0; g < kGroup; ++g) keep[g] = V::all();
+  }
+
   // The first `n` entries of a group that lie in [low, high), as bits.
   PM_HD static uint64_t open_bits(const V (&d)[kGroup], int n, Bits low, Bits high) {
     typename V::Mask reach_low[kGroup], reach_high[kGroup];
     for (int g = 0; g < kGroup; ++g)
       reach_low[g] = trim_magnitude(d[g], low), reach_high[g] = trim_magnitude(d[g], high);
-    const uint64_t bits = group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high);
-    return n < kElements ? bits & ((1ull << n) - 1) : bits;
-  }
-
-  template <class F>
-  static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
-    const Raw *b = static_cast<const Raw*>(base), *x = static_cast<const Raw*>(expert);
-    for (int64_t at = 0; at < count; at += kElements) {
-      const int n = int(std::min<int64_t>(kElements, count - at));
-      Raw padded_base[kElements] = {}, padded[kElements] = {};
-      const bool whole = n == kElements;
-      if (!whole) {
-        std::copy(b + at, b + at + n, padded_base);
-        std::copy(x + at, x + at + n, padded);
-      }
-      V vb[kGroup], d[kGroup];
-      load_group<true>(T{}, whole ? b + at : padded_base, vb);
-      load_group<true>(T{}, whole ? x + at : padded, d);
-      for (int g = 0; g < kGroup; ++g) d[g] = d[g] - vb[g];
-      body(d, at, n);
-    }
+    return first_bits(group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high), n);
   }
 
   PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {

@@ -28,6 +28,12 @@ Rule make_rule(const py::dict& d) {
   rule.weight = d["weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
   rule.gamma = d["gammas"].cast<std::vector<double>>();
+  rule.epsilon = d["epsilons"].cast<std::vector<double>>();
+  rule.fuse = Fuse(d["fuse"].cast<int>());
+  rule.t = d["fuse_t"].cast<double>();
+  rule.boost = d["boost"].cast<double>();
+  rule.most_boost = d["most_boost"].cast<double>();
+  rule.votes = d["votes"].cast<int>();
   rule.blend.kind = Blend(d["blend"].cast<int>());
   rule.blend.vectors = Vectors(d["vectors"].cast<int>());
   rule.blend.t = d["t"].cast<double>();

@@ -27,7 +27,7 @@ class BlendMerge {
   using Params = TensorParams<Work>;
 
   Params linear_map() const {
-    Params params(group_.rule(), 0);
+    Params params(group_.rule());
     params.block.normalize = false;
     return params;
   }

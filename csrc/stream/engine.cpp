@@ -55,7 +55,13 @@ void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& job
   const TensorJob& first = group.views[0].job();
   if (held && jobs.size() == 1 && by_magnitude(group.rule().trim) && first.out.file != kInMemory)
     group.views[0].hold(held->reserve(size_t(first.count) * size_t(first.out.item)));
-  group.rule().blend.kind == Blend::none ? merge_group(group, crew) : blend_group(group, crew);
+  const Rule& rule = group.rule();
+  if (rule.blend.kind != Blend::none)
+    blend_group(group, crew);
+  else if (by_mask(rule.trim) || rule.fuse != Fuse::none)
+    masked_group(group, crew);
+  else
+    merge_group(group, crew);
   for (const auto& view : group.views) {
     view.flush();
     if (run.settings.drop_behind) view.drop_behind();

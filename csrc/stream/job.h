@@ -27,8 +27,11 @@ struct Rule {
   bool base = true, elect = true, normalize = true, rescale = false, all_ties = false;
   Trim trim = Trim::none;
   double lambda = 1;
-  std::vector<double> weight, density, gamma;
+  std::vector<double> weight, density, gamma, epsilon;  // one for each expert, or none
   Blending blend;
+  Fuse fuse = Fuse::none;
+  double t = 0, boost = 0, most_boost = 0;  // the numbers of a fuse's formula
+  int votes = 0;
 };
 
 struct TensorJob {

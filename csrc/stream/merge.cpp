@@ -22,14 +22,11 @@ class GroupMerge {
   GroupMerge(Group<Work>& group, Crew& crew)
       : group_(group), run_(group.run()), rule_(group.rule()), crew_(crew) {
     params_.reserve(group.views.size());
-    for (const auto& view : group.views) params_.emplace_back(rule_, view.job().key);
+    for (size_t t = 0; t < group.views.size(); ++t) params_.emplace_back(rule_);
   }
 
   void merge() {
-    if (!by_magnitude(rule_.trim) || !group_.trims()) {
-      if (rule_.trim == Trim::random && rule_.rescale) rescale(group_, crew_, {}, &params_);
-      return map({});
-    }
+    if (!by_magnitude(rule_.trim) || !group_.trims()) return map({});
     if (!run_.cuts[size_t(group_.number)].empty()) return finish(run_.cuts[size_t(group_.number)]);
     run_.report.searched += 1;
     if (group_.size <= kSmallGroup || !searched()) return finish(small_cuts());
@@ -247,7 +244,6 @@ class GroupMerge {
       each_segment({cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
         thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
         MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
-        block.index = uint64_t(piece.first + begin);
         block.keep_at = keep.data();
         run_.report.nan += kernel(params_[piece.tensor].block, block, scratch);
       });

@@ -9,6 +9,10 @@ namespace pm {
 template <class Work>
 void merge_group(Group<Work>& group, Crew& crew);
 
+// Merges tensors whose trim is made as masks, or whose entries fuse by a formula of their own, one by one.
+template <class Work>
+void masked_group(const Group<Work>& group, Crew& crew);
+
 // Merges one tensor by a blend: the Gram matrix of its inputs first, then a linear map.
 template <class Work>
 void blend_group(const Group<Work>& group, Crew& crew);
@@ -48,7 +52,7 @@ template <class Work>
 void fix_up(const Group<Work>& group, Crew& crew, UndecidedStore& store, const std::vector<Cut>& cuts,
             const std::vector<TensorParams<Work>>& params);
 
-// Sets each tensor's factors in `params`: one more reading of the inputs. Without cuts the trim is random.
+// Sets each tensor's factors in `params`: one more reading of the inputs.
 template <class Work>
 void rescale(const Group<Work>& group, Crew& crew, const std::vector<Cut>& cuts,
              std::vector<TensorParams<Work>>* params);

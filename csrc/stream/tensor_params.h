@@ -11,28 +11,21 @@ namespace pm {
 template <class Work>
 struct TensorParams {
   std::vector<Work> weight, scale;
-  std::vector<uint32_t> limit;
-  std::vector<uint8_t> whole;
   MapParams<Work> block;
 
-  TensorParams(const Rule& rule, uint64_t key) : scale(rule.weight.size(), Work(1)) {
+  explicit TensorParams(const Rule& rule) : scale(rule.weight.size(), Work(1)) {
     Work total = 0;
     for (double w : rule.weight) {
       weight.push_back(Work(w));
       total += Work(w);
     }
-    for (double density : rule.density) {
-      whole.push_back(density >= 1);
-      limit.push_back(density >= 1 ? ~0u : uint32_t(std::max(density, 0.0) * 0x1p32));
-    }
     block.experts = int(weight.size());
     block.lambda = Work(rule.lambda);
     block.normalize = rule.normalize;
     block.divisor = rule.base && std::fabs(total) < Work(1e-8) ? Work(1) : total;
-    block.key0 = uint32_t(key);
-    block.key1 = uint32_t(key >> 32);
+    block.t = Work(rule.t);
+    block.votes = rule.votes;
     block.weight = weight.data(), block.scale = scale.data();
-    block.limit = limit.data(), block.whole = whole.data();
   }
   TensorParams(TensorParams&&) = default;  // moved vectors keep their memory, so the block stays true
 
@@ -42,6 +35,12 @@ struct TensorParams {
            std::all_of(scale.begin(), scale.end(), is_one);
   }
 };
+
+// What gives a task vector its sum of magnitudes back: `all` of them over those `kept`.
+template <class Work>
+Work scale_of(double density, double all, double kept) {
+  return density >= 1 || all < 1e-7 || kept < 1e-7 ? Work(1) : Work(all / kept);
+}
 
 template <class Work>
 void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat,
@@ -54,6 +53,7 @@ template <class Work>
 MapFn<Work> kernel_for(const Group<Work>& group, const JobView& view, const TensorParams<Work>& p,
                        Collect collect) {
   Trim trim = group.rule().trim;
+  if (by_mask(trim)) trim = Trim::given;
   if (by_magnitude(trim) && !group.trims()) trim = Trim::none;
   return group.kernels(view).map({group.rule().base, group.rule().elect, p.unit(), trim, collect});
 }

@@ -33,8 +33,10 @@ struct Tile {
 
 struct Worker {
   Buffer raw, wide, cast, result, narrowed, scratch, chunk, held;
+  Buffer words, keys, bitmaps, scores;  // of masks
   Tile tile;
   std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
+  std::vector<const uint64_t*> mask;      // the bitmap of each expert
 };
 
 // Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the
@@ -84,6 +86,11 @@ class JobView {
   DType kernel_dtype() const { return kernel_; }
   int kernel_item() const { return itemsize(kernel_); }
   int expert_count() const { return job_->inputs - has_base_; }
+  // Elements of a row; a tensor without rows is one.
+  int64_t row() const { return job_->row > 0 ? job_->row : job_->count; }
+  const void* shifted(const void* p, int64_t elements) const {
+    return static_cast<const char*>(p) + elements * kernel_item();
+  }
 
   // Makes elements [first, first + count) of every input available in `worker.tile`.
   void load(Worker& worker, int64_t first, int64_t count) const;

@@ -13,7 +13,7 @@ from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, Region, TensorJob
-from pymerge.rule import Blend, Blending, Rule, Scope, ThresholdTies, Trim, Vectors
+from pymerge.rule import Blend, Blending, Fuse, Fusing, Rule, Scope, ThresholdTies, Trim, Vectors
 
 try:
     from pymerge import _core
@@ -22,8 +22,9 @@ except ImportError as error:
         "pymerge's compiled core is missing: run Python outside the clone, or pip install -e . there"
     ) from error
 
-_TRIM_CODE = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
+_TRIM_CODE = {trim: code for code, trim in enumerate(Trim)}
 _BLEND_CODE: dict[Blend | None, int] = {None: 0} | {blend: code for code, blend in enumerate(Blend, 1)}
+_FUSE_CODE: dict[Fuse | None, int] = {None: 0} | {fuse: code for code, fuse in enumerate(Fuse, 1)}
 _VECTORS_CODE = {vectors: code for code, vectors in enumerate(Vectors)}
 _NO_FILE = -1
 
@@ -211,18 +212,23 @@ class _RuleTable:
 
 
 def _rule_row(rule: Rule) -> dict[str, object]:
-    return _blend_row(rule.blend) | {
-        "task_vector": rule.task_vector,
-        "trim": _TRIM_CODE[rule.trim],
-        "elect": rule.elect,
-        "normalize": rule.normalize,
-        "rescale": rule.rescale,
-        "all_ties": rule.threshold_ties is ThresholdTies.ALL,
-        "lambda": rule.lambda_,
-        "weights": list(rule.weights),
-        "densities": list(rule.densities),
-        "gammas": list(rule.gammas),
-    }
+    return (
+        _blend_row(rule.blend)
+        | _fuse_row(rule.fuse)
+        | {
+            "task_vector": rule.task_vector,
+            "trim": _TRIM_CODE[rule.trim],
+            "elect": rule.elect,
+            "normalize": rule.normalize,
+            "rescale": rule.rescale,
+            "all_ties": rule.threshold_ties is ThresholdTies.ALL,
+            "lambda": rule.lambda_,
+            "weights": list(rule.weights),
+            "densities": list(rule.densities),
+            "gammas": list(rule.gammas),
+            "epsilons": list(rule.epsilons),
+        }
+    )
 
 
 def _blend_row(blend: Blending | None) -> dict[str, object]:
@@ -234,6 +240,17 @@ def _blend_row(blend: Blending | None) -> dict[str, object]:
         "eps": given.eps,
         "tol": given.tol,
         "max_iter": given.max_iter,
+    }
+
+
+def _fuse_row(fuse: Fusing | None) -> dict[str, object]:
+    given = fuse or Fusing(Fuse.SWAP)
+    return {
+        "fuse": _FUSE_CODE[fuse.kind if fuse else None],
+        "fuse_t": given.t,
+        "boost": given.boost,
+        "most_boost": given.most_boost,
+        "votes": given.votes,
     }
 
 
@@ -251,7 +268,7 @@ def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int, int
 
 
 def _key(job: TensorJob) -> int:
-    if job.rule is None or job.rule.trim is not Trim.RANDOM:
+    if job.rule is None or not job.rule.trim.drawn:
         return 0
     low, high = tensor_key(job.rule.seed, job.name)
     return low | high << 32

@@ -37,6 +37,17 @@ all. Of the outliers + kept largest magnitudes, in the order above, the outliers
 none.
 
 Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
+RANKED: the density of an entry is (density - epsilon) + (2 * epsilon) * rank / (m - 1) in f64, its rank by
+magnitude in its row of m (last axis; a tensor without one is one row) from 0 to m - 1, or 0.5 for the quotient
+where m = 1; of equal magnitudes the lowest index has the highest rank. density >= 1 keeps all, <= 0 none.
+
+Trim by scores. One score for each element, one mask for all experts. VARIANCE: mean_k (d_k - mean d)^2 in the
+working type, each sum sequential in k; kept are the int(density * n) largest, n counting the scores that are
+not zero, in the order above. IMPORTANCE: |x - b| times the divergence of softmax(x) from softmax(b) over the
+row (`scores.py`); kept is what reaches the median plus 1.5 * (upper - lower quartile), quartile q being the
+score of ascending rank (n - 1) * q / 4.
+
+Fuse. Entries become one by a formula of `fuse.py` instead of elect and combine.
 
 Blend. The coefficients c_k come from the inputs: G_ij, the f64 products of x_i and x_j (of d_i and d_j where
 there is a base) summed in the fixed order of `ordered_sum`, then a formula of `blend.py` in f64. A result is
@@ -60,29 +71,23 @@ import torch
 from torch import Tensor
 
 from pymerge.backends.blend import coefficients
+from pymerge.backends.fuse import fuse_tensor
 from pymerge.backends.philox import element_words, keep_below, tensor_key
+from pymerge.backends.rounding import canonical_nan, in_working_type, magnitude, prepare, round_to
+from pymerge.backends.scores import (
+    first_largest,
+    importance,
+    keep_fence,
+    keep_variance,
+    ranked_limits,
+    variance,
+)
+from pymerge.backends.sums import ordered_sum
 from pymerge.errors import CheckpointError
 from pymerge.rule import Blending, Rule, Scope, ThresholdTies, Trim, Vectors
 
-REDUCTION_BLOCK = 65_536
-REDUCTION_LANES = 16
 TINY_SUM = 1e-7
 TINY_WEIGHT = 1e-8
-
-# The integer type of the same width, and the one NaN that may leave: positive and quiet.
-BITS = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
-CANONICAL_NAN = {
-    torch.bfloat16: 0x7FC0,
-    torch.float16: 0x7E00,
-    torch.float32: 0x7FC00000,
-    torch.float64: 0x7FF8000000000000,
-}
-SIGN_CLEARED = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}
 
 
 def merge_group(
@@ -120,8 +125,11 @@ def merge_group(
     else:
         with_base = [in_working_type([prepare(b, cast), *xs]) for b, xs in zip(bases, inputs, strict=True)]
         deltas = [[x - b for x in xs] for b, *xs in with_base]
-        kept = trim(names, deltas, rule)
-        merged = [combine(b, d, keep, rule) for (b, *_), d, keep in zip(with_base, deltas, kept, strict=True)]
+        kept = trim(names, with_base, deltas, shapes, rule)
+        merged = [
+            fuse_tensor(b, xs, ds, keep, rule) if rule.fuse else combine(b, ds, keep, rule)
+            for (b, *xs), ds, keep in zip(with_base, deltas, kept, strict=True)
+        ]
     return [
         canonical_nan(round_to(out, dtype)).reshape(shape)
         for out, dtype, shape in zip(merged, out_dtypes, shapes, strict=True)
@@ -146,77 +154,62 @@ def check_group(
             )
 
 
-# -- types and bits -----------------------------------------------------------------------------------------
-
-
-def prepare(x: Tensor, cast: torch.dtype | None) -> Tensor:
-    """An input as a flat tensor, rounded to `cast` when there is one."""
-    flat = x.detach().reshape(-1)
-    return flat if cast is None else round_to(flat, cast)
-
-
-def in_working_type(inputs: Sequence[Tensor]) -> list[Tensor]:
-    """All inputs of one tensor, widened (exactly) to f64 if one of them is f64, else to f32."""
-    working = torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    return [x.to(working) for x in inputs]
-
-
-def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`, rounded once, to nearest even."""
-    if x.dtype == torch.float64 and dtype in (torch.bfloat16, torch.float16):
-        x = round_to_odd_f32(x)  # torch goes by way of f32 and would round twice
-    return x.to(dtype)
-
-
-def round_to_odd_f32(x: Tensor) -> Tensor:
-    """f64 to f32 so that a second rounding to 16 bits gives what one rounding would have given.
-
-    An inexact result becomes the neighbour with an odd last bit, so it never looks like a halfway case.
-    """
-    nearest = x.to(torch.float32)
-    bits = nearest.view(torch.int32)
-    back = nearest.to(torch.float64)
-    move = (back != x) & ~torch.isnan(x) & (bits & 1 == 0)
-    toward_x = torch.where(back.abs() < x.abs(), 1, -1).to(
-        torch.int32
-    )  # in magnitude: bits are sign-magnitude
-    return torch.where(move, bits + toward_x, bits).view(torch.float32)
-
-
-def canonical_nan(x: Tensor) -> Tensor:
-    """`x` with every NaN replaced by the one positive quiet NaN of its type."""
-    nan = torch.tensor(CANONICAL_NAN[x.dtype], dtype=BITS[x.dtype], device=x.device)
-    return torch.where(torch.isnan(x), nan, x.view(BITS[x.dtype])).view(x.dtype)
-
-
-def magnitude(d: Tensor) -> Tensor:
-    """m = bits(|d|) as an integer that orders like |d|, with all NaNs equal and highest."""
-    bits = d.view(BITS[d.dtype]) & SIGN_CLEARED[d.dtype]
-    return bits.clamp(max=CANONICAL_NAN[d.dtype])
-
-
 # -- trim ---------------------------------------------------------------------------------------------------
 
 
-def trim(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: Rule) -> list[list[Tensor]]:
-    """Which entries take part: one bool mask per tensor and expert, shaped as `deltas`."""
+def trim(
+    names: Sequence[str],
+    with_base: Sequence[Sequence[Tensor]],
+    deltas: Sequence[Sequence[Tensor]],
+    shapes: Sequence[torch.Size],
+    rule: Rule,
+) -> list[list[Tensor]]:
+    """Which entries take part: one bool mask per tensor and expert, shaped as `deltas`.
+
+    `with_base`: the base and the experts of each tensor, in the working type.
+    """
     if rule.trim.by_magnitude and rule.scope is Scope.MODEL:
         return trim_model(names, deltas, rule)
+    if rule.trim.scored:
+        masks = [
+            trim_scored(b, x, ds, rule, row(shape))
+            for (b, x, *_), ds, shape in zip(with_base, deltas, shapes, strict=True)
+        ]
+        return [[mask] * len(ds) for mask, ds in zip(masks, deltas, strict=True)]
     return [
-        [trim_one(name, k, d, rule) for k, d in enumerate(ds)] for name, ds in zip(names, deltas, strict=True)
+        [trim_one(name, k, d, rule, row(shape)) for k, d in enumerate(ds)]
+        for name, ds, shape in zip(names, deltas, shapes, strict=True)
     ]
 
 
-def trim_one(name: str, expert: int, d: Tensor, rule: Rule) -> Tensor:
-    """The mask of one expert's task vector for one tensor."""
+def row(shape: torch.Size) -> int:
+    """Elements of a row: the last axis, or the one element of a tensor without axes."""
+    return shape[-1] if shape else 1
+
+
+def trim_scored(base: Tensor, expert: Tensor, deltas: Sequence[Tensor], rule: Rule, row: int) -> Tensor:
+    """The mask of all experts; `expert`: the one model of a merge by importance."""
+    if rule.trim is Trim.IMPORTANCE:
+        return keep_fence(magnitude(importance(base, expert, deltas[0], row)), base.dtype)
+    scores = magnitude(variance(deltas))
+    if rule.densities[0] >= 1:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return keep_variance(scores, rule.densities[0])
+
+
+def trim_one(name: str, expert: int, d: Tensor, rule: Rule, row: int = 0) -> Tensor:
+    """The mask of one expert's task vector for one tensor; `row`: elements of a row, if ranks go by them."""
     density = rule.densities[expert]
     if rule.trim is Trim.NONE or density >= 1:
         return torch.ones_like(d, dtype=torch.bool)
     if density <= 0:
         return torch.zeros_like(d, dtype=torch.bool)
-    if rule.trim is Trim.RANDOM:
+    if rule.trim.drawn:
         words = element_words(tensor_key(rule.seed, name), expert, d.numel())
-        return torch.from_numpy(words < keep_below(density)).to(d.device)
+        if rule.trim is Trim.RANDOM:
+            return torch.from_numpy(words < keep_below(density)).to(d.device)
+        limits = ranked_limits(magnitude(d), row, density, rule.epsilons[expert])
+        return torch.from_numpy(words.astype("int64")).to(d.device) < limits
     if rule.trim is Trim.OUTLIERS:
         return select_between(magnitude(d), density, rule.gammas[expert], rule.threshold_ties)
     return select(magnitude(d), density, rule.threshold_ties)
@@ -253,14 +246,9 @@ def select_between(magnitudes: Tensor, density: float, gamma: float, ties: Thres
 
 def largest(magnitudes: Tensor, k: int, ties: ThresholdTies) -> Tensor:
     """The mask of the k largest magnitudes, or with ALL of every one that reaches the k-th."""
-    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
-    if k == 0 or magnitudes.numel() == 0:
-        return mask
-    descending, index = torch.sort(magnitudes, descending=True, stable=True)
-    if ties is ThresholdTies.ALL:
-        return magnitudes >= descending[k - 1]
-    mask[index[:k]] = True
-    return mask
+    if ties is ThresholdTies.FIRST or k == 0 or magnitudes.numel() == 0:
+        return first_largest(magnitudes, k)
+    return magnitudes >= torch.sort(magnitudes, descending=True)[0][k - 1]
 
 
 # -- rescale ------------------------------------------------------------------------------------------------
@@ -277,30 +265,6 @@ def rescale(d: Tensor, keep: Tensor, density: float) -> Tensor:
     if before < TINY_SUM or after < TINY_SUM:
         return one
     return (before / after).to(d.dtype)
-
-
-def ordered_sum(x: Tensor) -> Tensor:
-    """The f64 sums over the last axis of an f64 tensor, in the one order that all backends use.
-
-    Element i of a block of 65,536 adds to lane i % 16 in index order; the lanes of a block add up in order
-    0..15; the blocks add up in index order. Padding with +0 changes no bit of a sum that starts at +0.
-    """
-    *lead, size = x.shape
-    total = torch.zeros(lead, dtype=torch.float64, device=x.device)
-    rows = min(REDUCTION_BLOCK, -(-size // REDUCTION_LANES) * REDUCTION_LANES) // REDUCTION_LANES
-    if rows == 0:
-        return total
-    padding = -size % (rows * REDUCTION_LANES)
-    blocks = torch.nn.functional.pad(x, (0, padding)).view(*lead, -1, rows, REDUCTION_LANES)
-    lanes = torch.zeros_like(blocks[..., 0, :])
-    for row in blocks.unbind(-2):
-        lanes = lanes + row
-    sums = torch.zeros_like(lanes[..., 0])
-    for lane in lanes.unbind(-1):
-        sums = sums + lane
-    for block in sums.unbind(-1):
-        total = total + block
-    return total
 
 
 # -- blend --------------------------------------------------------------------------------------------------

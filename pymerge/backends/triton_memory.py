@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymerge.backends import reference
+from pymerge.backends import sums
 from pymerge.backends.triton_search import BINS, CLUSTER, sample_sizes
 from pymerge.backends.triton_tables import MANY_PIECES, MOST_STEPS, Integers, Wave
 from pymerge.rule import Rule, Scope, Trim
@@ -96,8 +96,8 @@ def work_bytes(sizes: Sequence[int], rule: Rule) -> int:
     pieces = int((-(-every // (BLOCK * steps))).sum()) + len(sizes)
     total = SMALL_REQUEST * SMALL_REQUESTS
     if rule.rescale and rule.trim is not Trim.NONE:
-        blocks = int((-(-every // reference.REDUCTION_BLOCK)).sum())
-        lanes = 2 * reference.REDUCTION_LANES * blocks
+        blocks = int((-(-every // sums.REDUCTION_BLOCK)).sum())
+        lanes = 2 * sums.REDUCTION_LANES * blocks
         total += WORD * (experts * (lanes + 2 * len(sizes)) + 2 * blocks + 4 * len(sizes)) + ROUNDING
     groups = every
     if rule.scope is Scope.MODEL:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pymerge.backends import reference
+from pymerge.backends import reference, sums
 from pymerge.backends.triton_search import EXACT
 from pymerge.backends.triton_tables import KINDS, TYPES, Wave
 from pymerge.kernels import stats
@@ -21,7 +21,7 @@ class Masses:
 
     def __init__(self, wave: Wave, trim: Trim) -> None:
         self.wave, self.trim = wave, trim
-        blocks = -(-wave.sizes // reference.REDUCTION_BLOCK)
+        blocks = -(-wave.sizes // sums.REDUCTION_BLOCK)
         begins = np.append(0, np.cumsum(blocks))
         self.begins = wave.send(begins)
         self.places = wave.send(np.stack([wave.groups, wave.origins, begins[:-1]], 1))
@@ -34,7 +34,7 @@ class Masses:
                 for first in range(0, int(blocks[i]), WIDE)
             ]
             self.launches.append((kind, len(rows), wave.send(np.array(rows, np.int64).reshape(-1, 2))))
-        lanes = (int(begins[-1]), wave.experts, 2, reference.REDUCTION_LANES)
+        lanes = (int(begins[-1]), wave.experts, 2, sums.REDUCTION_LANES)
         self.lanes = torch.empty(lanes, dtype=torch.float64, device=wave.device)
         shape = (len(wave.members), wave.experts, 2)
         self.sums = torch.empty(shape, dtype=torch.float64, device=wave.device)
@@ -56,7 +56,7 @@ class Masses:
                     K=wave.experts,
                     IN=TYPES[kind][1],
                     TRIM_BY_CUT=self.trim is Trim.MAGNITUDE,
-                    ROWS=reference.REDUCTION_BLOCK // reference.REDUCTION_LANES,
+                    ROWS=sums.REDUCTION_BLOCK // sums.REDUCTION_LANES,
                     WIDE=WIDE,
                     **EXACT,
                 )
