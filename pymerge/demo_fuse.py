@@ -1,4 +1,4 @@
-"""The demo's second opinion on ranks, scores and fuses: the methods' definitions once more, in plain numpy."""
+"""The demo's second opinion on ranks, scores and fuses: the definitions once more, in plain numpy."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _by_energy(deltas: Sequence[F32], topk: float) -> F32:
     agree = [np.where(positive, x > 0, x < 0) for x in entries]
     weight = _sum([np.where(a, s, np.float32(0)) for a, s in zip(agree, shares, strict=True)])
     value = _sum([np.where(a, x * s, np.float32(0)) for a, x, s in zip(agree, entries, shares, strict=True)])
-    return value / np.maximum(weight, np.float32(1e-6))
+    return np.asarray(value / np.maximum(weight, np.float32(1e-6)), dtype=np.float32)
 
 
 def _stands_out(stack: Stack) -> Mask:

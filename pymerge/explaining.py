@@ -73,8 +73,8 @@ _TRIMS = {
     Trim.RANDOM: "keep each entry with probability density, drawn from (seed, tensor, index, expert)",
     Trim.OUTLIERS: "drop the int(gamma * n) largest |d|, keep the int(density * n) largest of the others;"
     " fewer are dropped where both together are more than n",
-    Trim.RANKED: "keep each entry with a probability from density - epsilon (the smallest of its row) to density"
-    " + epsilon (the largest), drawn from (seed, tensor, index, expert)",
+    Trim.RANKED: "keep each entry with a probability from density - epsilon (the smallest of its row) to"
+    " density + epsilon (the largest), drawn from (seed, tensor, index, expert)",
     Trim.VARIANCE: "keep the share select_topk of the entries that are not all equal, where they vary most",
     Trim.IMPORTANCE: "keep what is at least the median plus 1.5 interquartile ranges",
 }

@@ -38,8 +38,8 @@ none.
 
 Trim at random. Keep iff the Philox word of (seed, name, index, expert) is below floor(density * 2^32).
 RANKED: the density of an entry is (density - epsilon) + (2 * epsilon) * rank / (m - 1) in f64, its rank by
-magnitude in its row of m (last axis; a tensor without one is one row) from 0 to m - 1, or 0.5 for the quotient
-where m = 1; of equal magnitudes the lowest index has the highest rank. density >= 1 keeps all, <= 0 none.
+magnitude in its row of m (last axis; a tensor without one is one row) from 0 to m - 1; where m = 1, 0.5 for
+the quotient; of equal magnitudes the lowest index has the highest rank. density >= 1 keeps all, <= 0 none.
 
 Trim by scores. One score for each element, one mask for all experts. VARIANCE: mean_k (d_k - mean d)^2 in the
 working type, each sum sequential in k; kept are the int(density * n) largest, n counting the scores that are
