@@ -99,7 +99,7 @@ class Rule:
     @property
     def has_kernels(self) -> bool:
         """Whether there are kernels for GPUs that follow it."""
-        return self.trim is not Trim.OUTLIERS and self.blend is None
+        return self.blend is None
 
 
 def check_rule(rule: Rule, backend: str) -> None:

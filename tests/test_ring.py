@@ -61,6 +61,8 @@ MERGES: list[dict[str, Any]] = [
     {"method": "linear", "top": '"out_dtype": "float32"'},
     {"method": "task_arithmetic"},
     {"method": "dare_linear"},
+    {"method": "breadcrumbs", "gamma": 0.1},
+    {"method": "breadcrumbs_ties", "gamma": 0.1, "scope": "model", "rescale": True},
     {"method": "dare_ties", "top": '"dtype": "float16", "seed": 5'},
 ]
 

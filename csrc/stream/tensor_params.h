@@ -1,8 +1,9 @@
 // From a rule to what the kernels take: parameter blocks, thresholds, the kernel itself.
 #pragma once
 #include <algorithm>
-#include <cmath>
 
+#include "../core/combine.h"
+#include "../core/trim.h"
 #include "group.h"
 
 namespace pm {
@@ -23,12 +24,12 @@ struct TensorParams {
     }
     for (double density : rule.density) {
       whole.push_back(density >= 1);
-      limit.push_back(density >= 1 ? ~0u : uint32_t(std::max(density, 0.0) * 0x1p32));
+      limit.push_back(random_limit(density));
     }
     block.experts = int(weight.size());
     block.lambda = Work(rule.lambda);
     block.normalize = rule.normalize;
-    block.divisor = rule.base && std::fabs(total) < Work(1e-8) ? Work(1) : total;
+    block.divisor = combine_divisor(rule.base, total);
     block.key0 = uint32_t(key);
     block.key1 = uint32_t(key >> 32);
     block.weight = weight.data(), block.scale = scale.data();
