@@ -106,7 +106,7 @@ def check_rule(rule: Rule, backend: str) -> None:
     """BackendError for a rule that the kernels for GPUs do not follow."""
     if not rule.has_kernels:
         what = rule.trim.value if rule.blend is None else rule.blend.kind.value
-        raise BackendError(f"the {backend} backend has no kernels for {what}")
+        raise BackendError(f"the {backend} backend has no kernels for {what}; the cpu backend has")
 
 
 def passes(rule: Rule, length: int = READ_ONCE + 1) -> int:

@@ -97,7 +97,7 @@ def test_a_missed_bracket_changes_nothing(case: Case, isa: Isa) -> None:
     for bias in (0.3, -0.3):
         actual, report = run_native(group, Settings(threads=2, isa=isa, bracket_bias=bias))
         assert_same_bits(group, actual, merged)
-        fallbacks += report.fallbacks
+        fallbacks += report.fallbacks or 0
     assert fallbacks > 0, "the bias did not force a miss"
 
 
