@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +30,7 @@ FLAGS = [
 ]
 CUDA_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Xcompiler=-fPIC", "-DPM_CUDA"]
 ARCHITECTURES = ["80", "86", "89", "90", "100", "120"]
+OLDEST = int(ARCHITECTURES[0])
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 
 
@@ -45,13 +47,26 @@ def toolkit():
     return Path(top.group(1).strip()).resolve() if top else None
 
 
+def named_architectures(text):
+    """All, or such as 90 or 90,100; ascending, for the newest comes last."""
+    numbers = ARCHITECTURES if text == "all" else text.split(",")
+    # Older ones lack the reductions over a warp that the kernels use.
+    if not all(re.fullmatch(r"[1-9]\d{1,2}", number) and int(number) >= OLDEST for number in numbers):
+        sys.exit(
+            f"PYMERGE_CUDA is {text!r}, expected 0, all, or architectures from {OLDEST} on, such as 90,100"
+        )
+    if toolkit() is None:
+        sys.exit(
+            f"PYMERGE_CUDA is {text!r}, but no nvcc is on the PATH; install the CUDA toolkit, or set it to 0"
+        )
+    return sorted(set(numbers), key=int)
+
+
 def architectures():
     """What the environment asks for, else the architectures of this machine's cards."""
     chosen = os.environ.get("PYMERGE_CUDA", "")
-    if chosen == "all":
-        return ARCHITECTURES
     if chosen:
-        return [] if chosen == "0" else chosen.split(",")
+        return [] if chosen == "0" else named_architectures(chosen)
     if not shutil.which("nvidia-smi"):
         return []
     asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]

@@ -64,7 +64,7 @@ def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     one = {"K": 3, "IN": tl.float16, "OUT": tl.bfloat16, "BLOCK": 1024}
     formula = {"ELECT": True, "NORMALIZE": True, "UNIT": False}
     ragged = one | formula | {"RAGGED": True}
-    for trim in (0, 1, 2):
+    for trim in (0, 1, 2, 3):
         for base in (True, False):
             options = ragged | {"TRIM": trim, "BASE": base, "ELECT": base}
             yield f"map_pieces trim {trim} base {base}", kernels.map_pieces, options
@@ -75,9 +75,9 @@ def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "list_undecided", stats.list_undecided, {"BLOCK": 1024}
     yield "gather", stats.gather, {"K": 3, "IN": tl.bfloat16, "KIND": 0, "BLOCK": 1024}
     yield "spread", stats.spread, {"K": 3, "BLOCK": 1024}
-    for by_cut in (True, False):
-        options = {"K": 3, "IN": tl.bfloat16, "TRIM_BY_CUT": by_cut, "ROWS": 4096, "WIDE": 8}
-        yield f"masses by cut {by_cut}", stats.masses, options
+    for trim in (1, 2, 3):
+        options = {"K": 3, "IN": tl.bfloat16, "TRIM": trim, "ROWS": 4096, "WIDE": 8}
+        yield f"masses trim {trim}", stats.masses, options
     yield "add_up", stats.add_up, {"K": 3}
     search = {"K": 3, "IN": tl.float32, "BLOCK": 1024}
     for listed in (True, False):

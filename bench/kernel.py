@@ -59,7 +59,7 @@ class Ours:
         began = time.perf_counter()
         report = run.execute()
         self.seconds = time.perf_counter() - began
-        self.undecided, self.fallbacks = report.undecided / self.job.count, report.fallbacks
+        self.undecided, self.fallbacks = (report.undecided or 0) / self.job.count, report.fallbacks
         return report.thresholds
 
     def whole(self) -> float:

@@ -26,6 +26,7 @@ pm::cuda::Request make_request(const py::dict& d) {
   r.lambda = d["lambda"].cast<double>();
   r.weight = d["weights"].cast<std::vector<double>>();
   r.density = d["densities"].cast<std::vector<double>>();
+  r.gamma = d["gammas"].cast<std::vector<double>>();
   r.group.experts = int(r.weight.size());
   r.workspace = reinterpret_cast<void*>(d["workspace"].cast<uintptr_t>());
   r.samples = d["samples"].cast<int64_t>();
@@ -39,6 +40,8 @@ pm::cuda::Request make_request(const py::dict& d) {
 #endif
   if (r.group.experts > pm::cuda::kMaxExperts || r.density.size() != r.weight.size())
     throw std::invalid_argument("more experts than a kernel takes, or not one density for each");
+  if (r.trim == pm::Trim::outliers && r.gamma.size() != r.weight.size())
+    throw std::invalid_argument("not one gamma for each expert");
   return r;
 }
 

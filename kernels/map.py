@@ -5,7 +5,10 @@ import triton.language as tl
 
 from pymerge.kernels.pieces import (
     COLUMNS,
+    MAGNITUDE,
     MARK,
+    OUTLIERS,
+    RANDOM,
     cut_threshold,
     element_at,
     load_block,
@@ -25,11 +28,10 @@ from pymerge.kernels.stages import (
     magnitude,
     narrow,
     trim_magnitude,
+    trim_outliers,
     trim_random,
 )
 
-# How entries are trimmed.
-NONE, MAGNITUDE, RANDOM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # `numbers`, f32: K weights, lambda, the sum of the weights (or 1), then a scale for each tensor and expert.
 SCALES = tl.constexpr(2)
 
@@ -102,18 +104,23 @@ def map_pieces(
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merges one piece by final cuts (TRIM MAGNITUDE), or by `keys` (T, 2) and `limits` (K) (TRIM RANDOM)."""
+    """Merges one piece by final cuts (TRIM MAGNITUDE, OUTLIERS), or at random (TRIM RANDOM).
+
+    `cuts` (G, K, 2), the thresholds; with OUTLIERS (G, 2K, 2), the outliers' after all of these. RANDOM: by
+    `keys` (T, 2) and `limits` (K).
+    """
+    CUTS: tl.constexpr = 2 * K if TRIM == OUTLIERS else K if TRIM == MAGNITUDE else 0
     number = tl.load(launched + tl.program_id(0))
     tensor, first, count, group, flat = open_piece(pieces, sizes, number)
     out = element_at(addresses, tensor, K + 1, first, K, OUT, RAGGED)
     experts, before, after, stop = (), (), (), ()
     for k in tl.static_range(K):
         experts = experts + (element_at(addresses, tensor, k + 1, first, K, IN, RAGGED),)
-        if TRIM == MAGNITUDE:
-            index = tl.load(cuts + (group * K + k) * 2 + 1)
-            before = before + (cut_threshold(cuts, group, k, index - 1, K),)
-            after = after + (cut_threshold(cuts, group, k, index, K),)
-            stop = stop + (tl.minimum(tl.maximum(index - flat, 0), 0x7FFFFFFF).to(tl.int32),)
+    for c in tl.static_range(CUTS):
+        index = tl.load(cuts + (group * CUTS + c) * 2 + 1)
+        before = before + (cut_threshold(cuts, group, c, index - 1, CUTS),)
+        after = after + (cut_threshold(cuts, group, c, index, CUTS),)
+        stop = stop + (tl.minimum(tl.maximum(index - flat, 0), 0x7FFFFFFF).to(tl.int32),)
     if BASE:
         base = element_at(addresses, tensor, 0, first, K, IN, RAGGED)
     if TRIM == RANDOM:
@@ -135,6 +142,10 @@ def map_pieces(
             v = weigh(d, numbers, tensor, k, K, BASE, UNIT)
             if TRIM == MAGNITUDE:
                 v = tl.where(trim_magnitude(d, tl.where(here < stop[k], before[k], after[k])), v, 0.0)
+            if TRIM == OUTLIERS:
+                reaches = trim_magnitude(d, tl.where(here < stop[k], before[k], after[k]))
+                outlier = trim_magnitude(d, tl.where(here < stop[K + k], before[K + k], after[K + k]))
+                v = tl.where(trim_outliers(reaches, outlier), v, 0.0)
             if TRIM == RANDOM:
                 block = (first + step * BLOCK) // 4 + tl.arange(0, BLOCK // 4)
                 keep = trim_random(block, k, key0, key1, tl.load(limits + k)).reshape((BLOCK,))

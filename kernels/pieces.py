@@ -14,6 +14,8 @@ from pymerge.kernels.stages import threshold_at, widen
 
 COLUMNS = tl.constexpr(6)
 MARK = tl.constexpr(5)
+# How entries are trimmed, as pymerge.rule.Trim lists it.
+MAGNITUDE, RANDOM, OUTLIERS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit

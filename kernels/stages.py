@@ -64,6 +64,12 @@ def trim_magnitude(d, threshold):
 
 
 @triton.jit
+def trim_outliers(reaches, outlier):
+    """Of what reaches the threshold the outliers are dropped; each of them reaches it."""
+    return reaches ^ outlier
+
+
+@triton.jit
 def keep_where(mask, x):
     """x where the mask is all ones (int32), +0 where it is zero."""
     return (x.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)

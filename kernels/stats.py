@@ -6,6 +6,8 @@ import triton.language as tl
 from pymerge.kernels.pieces import (
     COLUMNS,
     MARK,
+    OUTLIERS,
+    RANDOM,
     cut_threshold,
     element_at,
     load_block,
@@ -13,7 +15,7 @@ from pymerge.kernels.pieces import (
     raw_pointer,
     task_vector,
 )
-from pymerge.kernels.stages import magnitude, trim_magnitude, trim_random, widen
+from pymerge.kernels.stages import magnitude, trim_magnitude, trim_outliers, trim_random, widen
 
 # The contract's order of sums: element i of a block adds to lane i % 16.
 LANES = tl.constexpr(16)
@@ -119,7 +121,7 @@ def masses(
     sums,
     K: tl.constexpr,
     IN: tl.constexpr,
-    TRIM_BY_CUT: tl.constexpr,
+    TRIM: tl.constexpr,
     ROWS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -128,6 +130,7 @@ def masses(
     `blocks` (programs, 2): tensor and its first block. `places` (T, 3): group, flat index of the tensor's
     first element, row of its first block in `sums` (rows, K, 2, 16) f64, which holds each lane.
     """
+    CUTS: tl.constexpr = 2 * K if TRIM == OUTLIERS else K
     program, k = tl.program_id(0) // K, tl.program_id(0) % K
     tensor, block = tl.load(blocks + program * 2), tl.load(blocks + program * 2 + 1)
     size = tl.load(sizes + tensor)
@@ -137,7 +140,7 @@ def masses(
     total = tl.zeros((WIDE, LANES), tl.float64)
     kept = tl.zeros((WIDE, LANES), tl.float64)
     rows = tl.minimum((size - block * (LANES * ROWS) + LANES - 1) // LANES, ROWS)
-    if not TRIM_BY_CUT:
+    if TRIM == RANDOM:
         key0 = tl.load(keys + tensor * 2).to(tl.uint32)
         key1 = tl.load(keys + tensor * 2 + 1).to(tl.uint32)
         limit = tl.load(limits + k)
@@ -146,11 +149,14 @@ def masses(
         start = every * (LANES * ROWS) + row * LANES
         here = start[:, None] + lane[None, :]
         d = task_vector(addresses, tensor, k, 0, here, size, K, IN, True)
-        if TRIM_BY_CUT:
-            keep = trim_magnitude(d, cut_threshold(cuts, group, k, flat + here, K))
-        else:
+        if TRIM == RANDOM:
             counter = start[:, None] // 4 + tl.arange(0, LANES // 4)[None, :]
             keep = trim_random(counter, k, key0, key1, limit).reshape((WIDE, LANES))
+        else:
+            keep = trim_magnitude(d, cut_threshold(cuts, group, k, flat + here, CUTS))
+            if TRIM == OUTLIERS:
+                outlier = trim_magnitude(d, cut_threshold(cuts, group, K + k, flat + here, CUTS))
+                keep = trim_outliers(keep, outlier)
         m = magnitude(d).to(tl.float32, bitcast=True).to(tl.float64)
         total += m
         kept += tl.where(keep, m, 0.0)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from pymerge.errors import ProblemList, PymergeError
+from pymerge.errors import OutputError, ProblemList, PymergeError
 from pymerge.text import printable
 from pymerge.version import VERSION
 
@@ -58,7 +58,7 @@ class _Group(click.Group):
             sys.stdout.flush()
             os._exit(code)  # all is tidied up; while Python ends, a further signal would change how
         except BrokenPipeError:
-            _drop_output()
+            _drop_output(1, 2)
             ctx.exit(EXIT_BROKEN_PIPE)
         except (PymergeError, OSError, MemoryError) as error:
             for sentence in _sentences(error):
@@ -71,7 +71,7 @@ class _Group(click.Group):
 
 def _sentences(error: Exception) -> Sequence[str]:
     if isinstance(error, ProblemList):
-        return error.problems
+        return error.shown
     if isinstance(error, MemoryError):
         return ["out of memory; try fewer --threads or a smaller --max-memory"]
     if isinstance(error, OSError):
@@ -97,15 +97,28 @@ def _say(text: str, *, err: bool = False) -> None:
     click.echo(_clean(text), err=err)
 
 
+def _say_last(out: Path, text: str) -> None:
+    """Print what a merge did; where that fails the user must hear that the output is there all the same."""
+    try:
+        _say(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output(1)
+        raise OutputError(
+            f"{out} is complete, but what was done cannot be printed: {error.strerror}"
+        ) from None
+
+
 def _clean(text: str) -> str:
     """`text` as it is but for what no terminal should be sent, which is escaped."""
     return "\n".join(map(printable, text.split("\n")))
 
 
-def _drop_output() -> None:
+def _drop_output(*fds: int) -> None:
     """Nobody reads on: what is still in the buffer must not be written at exit either."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for fd in (1, 2):
+    for fd in fds:
         os.dup2(null, fd)
     os.close(null)
 
@@ -200,9 +213,9 @@ def merge(
         with Bar(sys.stderr) as bar:
             summary = execute_plan(planned, out, settings, bar, start)
     if as_json:
-        _say(json.dumps(summary.as_dict(), indent=2))
+        _say_last(out, json.dumps(summary.as_dict(), indent=2))
     elif not quiet:
-        _say(summary.describe())
+        _say_last(out, summary.describe())
 
 
 @main.command()
@@ -225,10 +238,14 @@ def plan(
     planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
     shares = budget(planned, threads, _size(max_memory))
     if as_json:
-        _say(json.dumps({**planned.summary(), "memory": shares.total, "threads": shares.threads}, indent=2))
+        memory = {"memory": shares.total, "memory_with_gpu": shares.total_with_gpu}
+        _say(json.dumps({**planned.summary(), **memory, "threads": shares.threads}, indent=2))
         return
     _say(planned.describe())
-    _say(f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter")
+    _say(
+        f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter;"
+        f" at most {shares.total_with_gpu:,} with a GPU backend"
+    )
     _show_notes(planned)
 
 

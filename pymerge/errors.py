@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from pymerge.text import printable
 
+PROBLEMS_SHOWN = 20
+
 
 class PymergeError(Exception):
     """Any problem the user can act on; the command line prints it and exits with 2.
@@ -34,11 +36,18 @@ class BackendError(PymergeError):
 
 
 class ProblemList(PymergeError):
-    """Several problems found together; `problems` holds one sentence each."""
+    """Several problems found together; `problems` holds one sentence each, the text the first of them."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = tuple(map(printable, problems))
-        Exception.__init__(self, "\n".join(self.problems))
+        Exception.__init__(self, "\n".join(self.shown))
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The first sentences, and how many more there are."""
+        more = len(self.problems) - PROBLEMS_SHOWN
+        rest = () if more <= 0 else (f"and {more:,} more problem{'s' if more > 1 else ''}",)
+        return (*self.problems[:PROBLEMS_SHOWN], *rest)
 
 
 class Cancelled(PymergeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from pymerge.dtypes import BY_TORCH_NAME, DType
@@ -87,9 +88,29 @@ def value_at(cases: Sequence[Case], name: str, t: float) -> Scalar | None:
     return None
 
 
+# What some call the types; mergekit does not take these either.
+SHORT_NAMES = MappingProxyType(
+    {
+        "bf16": DType.BF16,
+        "fp16": DType.F16,
+        "f16": DType.F16,
+        "half": DType.F16,
+        "fp32": DType.F32,
+        "f32": DType.F32,
+        "float": DType.F32,
+        "fp64": DType.F64,
+        "f64": DType.F64,
+        "double": DType.F64,
+    }
+)
+
+
 def merging_dtype(name: str) -> DType:
     """float64, float32, float16 or bfloat16, with or without `torch.`; RecipeError for any other."""
-    found = BY_TORCH_NAME.get(name.removeprefix("torch."))
+    plain = name.removeprefix("torch.")
+    found = BY_TORCH_NAME.get(plain)
+    if found is None and (meant := SHORT_NAMES.get(plain.lower())):
+        raise RecipeError(f"{name!r} is not a type that merges; did you mean {meant.torch_name}?")
     if found is None or not found.mergeable:
         known = ", ".join(dtype.torch_name for dtype in DType if dtype.mergeable)
         raise RecipeError(f"{name!r} is not a type that merges; known are {known}")

@@ -78,7 +78,8 @@ def _part(part: Slice, method: Method | None, where: str, problems: list[str], n
     base = part.base
     role = Base.OPTIONAL_ORIGIN if method is None else method.base
     apart = role is Base.ORIGIN or (role is Base.OPTIONAL_ORIGIN and base is not None)
-    listed = base and next((e for e in part.sources if identity(e.path) == identity(base)), None)
+    of_base = base and identity(base)
+    listed = base and next((entry for entry in part.sources if identity(entry.path) == of_base), None)
     if base is None:
         needs = {
             Base.ORIGIN: "the model that the experts were tuned from",

@@ -220,7 +220,8 @@ def _references(data: RecipeData, where: str, module: ModuleData) -> Iterator[tu
 
 def _refuse_twins(entries: Sequence[ModelEntry], place: str, problems: list[str]) -> None:
     seen: dict[str, int] = {}
+    real = {path: os.path.realpath(path) for path in {entry.path for entry in entries}}
     for number, entry in enumerate(entries):
-        first = seen.setdefault(os.path.realpath(entry.path), number)
+        first = seen.setdefault(real[entry.path], number)
         if first != number:
             problems.append(f"{place}[{number}].model: {entry.path} is already listed as {place}[{first}]")

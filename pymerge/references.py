@@ -66,4 +66,4 @@ def _local(name: str, folder: Path) -> Path | None:
 
 
 def _looked(name: str, folder: Path) -> str:
-    return " or ".join(dict.fromkeys(str(path) for path in _candidates(name, folder)))
+    return " or ".join(dict.fromkeys(os.path.abspath(path) for path in _candidates(name, folder)))

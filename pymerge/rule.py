@@ -143,7 +143,7 @@ class Rule:
     @property
     def has_kernels(self) -> bool:
         """Whether there are kernels for GPUs that follow it."""
-        known = self.trim in (Trim.NONE, Trim.MAGNITUDE, Trim.RANDOM)
+        known = self.trim in (Trim.NONE, Trim.MAGNITUDE, Trim.RANDOM, Trim.OUTLIERS)
         return known and self.blend is None and self.fuse is None
 
 
@@ -152,7 +152,7 @@ def check_rule(rule: Rule, backend: str) -> None:
     if not rule.has_kernels:
         special = rule.blend or rule.fuse
         what = special.kind.value if special else rule.trim.value
-        raise BackendError(f"the {backend} backend has no kernels for {what}")
+        raise BackendError(f"the {backend} backend has no kernels for {what}; the cpu backend has")
 
 
 def passes(rule: Rule, length: int = READ_ONCE + 1) -> int:

@@ -24,7 +24,7 @@ from pymerge.options import (
     as_number,
     per_expert,
 )
-from pymerge.rule import Rule, Scope, ThresholdTies
+from pymerge.rule import Rule, Scope, ThresholdTies, check_rule
 from pymerge.ruling import rule_for
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def merge_tensors(
     operands = read_operands(base if rule.task_vector else None, members)
     wide = dtype is DType.F64 or DType.F64 in operands.dtypes.values()
     has_kernels = rule.has_kernels and not wide and len(members) <= MOST_EXPERTS
-    if wanted in (Backend.CUDA, Backend.TRITON) and not rule.has_kernels:
-        raise BackendError(f"the {wanted.value} backend has no kernels for {row.name}; the others have")
+    if wanted in (Backend.CUDA, Backend.TRITON):
+        check_rule(rule, wanted.value)
     chosen = choose_backend(wanted, operands.device, has_kernels)
     stacks = stacked(operands, out, dtype)
     kind = operands.kind

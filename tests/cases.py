@@ -33,8 +33,6 @@ METHODS = {
     "breadcrumbs_ties": (True, Trim.OUTLIERS, True, False, False),
 }
 GAMMAS = (0.01, 0.0, 0.3)
-# What kernels for GPUs merge.
-ON_DEVICES = tuple(name for name, (_, trim, *_) in METHODS.items() if trim is not Trim.OUTLIERS)
 # Tile and lane edges of every backend, the reduction block (65,536), and one size past the tiny-tensor route.
 SIZES = (
     0,

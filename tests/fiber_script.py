@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from cases import expected, golden_cases
+from cases import expected, golden_cases, outlier_cases
 from device import run_device, seed_of
 from fibers import load
 from harness import assert_same_bits
@@ -19,7 +19,7 @@ MOST_ELEMENTS, SHARE = 1100, 4  # sanitizers are slow: so large at most, and one
 def main() -> None:
     """Arguments: the module that was built, and what to do."""
     kernels, task = load(Path(sys.argv[1])), sys.argv[2]
-    small = [case for case in golden_cases() if 0 < case.size <= MOST_ELEMENTS]
+    small = [case for case in golden_cases() + outlier_cases() if 0 < case.size <= MOST_ELEMENTS]
     cases = [dataclasses.replace(case, dtypes="bf16", cast=None, out=None) for case in small[::SHARE]]
     if task == "no barriers":
         kernels.skip_barriers(True)

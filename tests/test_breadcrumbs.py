@@ -39,7 +39,7 @@ def test_missed_brackets_and_overflows_change_nothing(case: Case, isa: Isa) -> N
         settings = Settings(threads=2, isa=isa, bracket_bias=bias, memory=memory)
         actual, report = run_native(group, settings)
         assert_same_bits(group, actual, merged)
-        fallbacks += report.fallbacks
+        fallbacks += report.fallbacks or 0
     assert fallbacks > 0, "nothing forced the exact route"
 
 
@@ -73,12 +73,6 @@ def test_equal_magnitudes_lose_their_first_entries_as_outliers() -> None:
     magnitudes = torch.full((6,), 5)
     kept = reference.select_between(magnitudes, 0.5, 0.2, ThresholdTies.FIRST)
     assert kept.tolist() == [False, True, True, True, False, False]
-
-
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_backends_without_its_kernels_say_so(backend: str) -> None:
-    with pytest.raises(pymerge.PymergeError, match=f"the {backend} backend has no kernels for breadcrumbs"):
-        pymerge.merge_tensors(torch.zeros(4), [torch.ones(4)], method="breadcrumbs", backend=backend)
 
 
 def test_gamma_outside_its_range_is_refused() -> None:

@@ -48,6 +48,30 @@ def test_merge_prints_what_it_did(family: Path) -> None:
     assert (family / "out" / "merge.manifest.json").is_file()
 
 
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_result_that_cannot_be_printed_is_there_all_the_same(
+    options: tuple[str, ...], family: Path
+) -> None:
+    named = [str(family / name) for name in ("recipe.yml", "out")]
+    command = [sys.executable, "-m", "pymerge", "merge", *named, *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    sentence = "is complete, but what was done cannot be printed: No space left on device"
+    assert done.stderr == f"pymerge: {family}/out {sentence}\n"
+    assert call("verify", family / "out").exit_code == 0
+
+
+def test_of_very_many_problems_the_first_are_shown(family: Path) -> None:
+    (family / "many.yml").write_text("merge_method: ties\nmodels:\n" + "- model: gone\n" * 5000)
+    result = call("plan", family / "many.yml")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 21
+    assert lines[0].startswith("pymerge: models[0].model: no such file or folder")
+    assert lines[-1].startswith("pymerge: and ")
+    assert lines[-1].endswith(" more problems")
+
+
 def test_merge_as_json(family: Path) -> None:
     result = call(
         "merge", family / "recipe.yml", family / "out", "--json", "--threads", 2, "--max-shard-size", "3KB"
@@ -121,8 +145,10 @@ def test_plan(family: Path) -> None:
     assert result.exit_code == 0
     assert "method       ties, scope tensor" in result.stdout
     assert "bytes for 3 threads" in result.stdout
+    assert "with a GPU backend" in result.stdout
     found = json.loads(call("plan", family / "recipe.yml", "--json").stdout)
     assert found["tensors"] == len(SHAPES)
+    assert found["memory_with_gpu"] == found["memory"] + (64 << 20)
     assert found["memory"] > 0
     assert not (family / "out").exists()
 

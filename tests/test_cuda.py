@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from cases import Case, expected, golden_cases
+from cases import Case, expected, golden_cases, outlier_cases
 from device import SMALL_PARTS, has_kernels, run_device, seed_of
 from fibers import build
 from harness import assert_same_bits
@@ -25,7 +25,8 @@ from pymerge.errors import BackendError
 from pymerge.rule import Scope
 
 MOST_ELEMENTS = 70_000  # fibers are slow
-CASES = [case for case in golden_cases() if case.size <= MOST_ELEMENTS and has_kernels(expected(case)[0])]
+ALL_CASES = golden_cases() + outlier_cases()
+CASES = [case for case in ALL_CASES if case.size <= MOST_ELEMENTS and has_kernels(expected(case)[0])]
 STREAMED = [case for case in CASES if case.method == "ties" and case.size > 4 * SMALL_PARTS.samples]
 FORCED = {"bracket too low": {"bias": 0.3}, "bracket too high": {"bias": -0.3}, "overflow": {"capacity": 3}}
 FORCED |= {"wide bracket": {"sigmas": 40.0}, "narrow bracket": {"sigmas": 0.01}}
@@ -169,7 +170,7 @@ def test_shuffled_schedules_find_a_planted_missing_barrier(sanitized: Path) -> N
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize("case", golden_cases(), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.id)
 def test_golden_case_on_the_gpu(case: Case) -> None:
     group, merged = expected(case)
     if not has_kernels(group):

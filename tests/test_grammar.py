@@ -349,7 +349,7 @@ def test_the_cache_is_enough_where_the_hub_is_switched_off(reference: str, tmp_p
     ]
     assert f"{repository}/snapshots/0123456789 (weight 1)" in done[0].stdout
     assert done[1].stderr == (
-        f"pymerge: models[1].model: no such file or folder: org/other or {tmp_path}/org/other; org/other"
+        f"pymerge: models[1].model: no such file or folder: {tmp_path}/org/other; org/other"
         " cannot be had from the Hugging Face hub: it is not in the cache, and the hub is switched"
         " off or out of reach\n"
     )

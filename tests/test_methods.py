@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 import pytest
 
 from pymerge.errors import ProblemList, RecipeError
 from pymerge.explaining import explain
 from pymerge.methods import METHODS, Method, method_named
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim, passes
+from pymerge.rule import Fuse, Rule, Scope, ThresholdTies, Trim, passes
 from pymerge.ruling import rule_for
 
 TIES = METHODS["ties"]
@@ -23,6 +24,19 @@ DEFAULTS = {
     "dare_ties": (True, Trim.RANDOM, False, True),
     "breadcrumbs": (False, Trim.OUTLIERS, False, False),
     "breadcrumbs_ties": (True, Trim.OUTLIERS, False, False),
+    "della": (True, Trim.RANKED, True, True),
+    "della_linear": (False, Trim.RANKED, False, True),
+}
+# Methods whose entries fuse, or that rank scores: what they trim by.
+OTHERS = {
+    "sce": Trim.VARIANCE,
+    "ram": Trim.NONE,
+    "ramplus_tl": Trim.NONE,
+    "nearswap": Trim.NONE,
+    "arcee_fusion": Trim.IMPORTANCE,
+    "magmax": Trim.NONE,
+    "emr": Trim.NONE,
+    "consensus": Trim.NONE,
 }
 BLENDS = ("slerp", "nuslerp", "multislerp", "karcher", "model_stock")
 SUMS = [row for row in METHODS.values() if row.name in DEFAULTS]
@@ -30,11 +44,11 @@ SUMS = [row for row in METHODS.values() if row.name in DEFAULTS]
 
 def test_the_rows_are_mergekit_s() -> None:
     rows = {row.name: (row.elect, row.trim, row.normalize, row.rescale) for row in METHODS.values()}
-    plain = (False, Trim.NONE, False, False)
-    assert rows == DEFAULTS | dict.fromkeys((*BLENDS, "passthrough"), plain)
+    plain = dict.fromkeys((*BLENDS, "passthrough"), Trim.NONE) | OTHERS
+    assert rows == DEFAULTS | {name: (False, trim, False, False) for name, trim in plain.items()}
     assert [name for name, row in METHODS.items() if row.blend] == list(BLENDS)
     relative = [name for name, row in METHODS.items() if row.task_vector]
-    assert relative == [*(name for name in DEFAULTS if name != "linear"), "model_stock"]
+    assert relative == [*(name for name in DEFAULTS if name != "linear"), *OTHERS, "model_stock"]
     assert {row.density for row in METHODS.values()} == {1.0}
 
 
@@ -50,6 +64,7 @@ def test_defaults_reach_the_rule(method: Method) -> None:
         weights=(1.0, 0.5),
         densities=(1.0, 1.0),
         gammas=(0.01, 0.01) if method.trim is Trim.OUTLIERS else (),
+        epsilons=(0.15, 0.15) if method.trim is Trim.RANKED else (),
     )
     assert all(type(weight) is float for weight in rule.weights)
 
@@ -119,6 +134,44 @@ def test_bad_numbers(given: dict[str, object], sentence: str) -> None:
     assert str(caught.value) == sentence
 
 
+@pytest.mark.parametrize(
+    ("method", "given", "sentence"),
+    [
+        (
+            "della",
+            {"densities": [0.9]},
+            "density 0.9 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1",
+        ),
+        (
+            "della",
+            {"densities": [0.1]},
+            "density 0.1 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1",
+        ),
+        (
+            "della",
+            {"densities": [0.5], "epsilons": [math.nan]},
+            "density 0.5 of expert 0 less and plus epsilon nan",
+        ),
+        ("della", {"densities": [0.5], "epsilons": [0.1, 0.1]}, "2 epsilons for 1 experts"),
+        ("nearswap", {}, "t must be given"),
+        ("sce", {"options": {"select_topk": 1.5}}, "select_topk is 1.5, which is outside 0 to 1"),
+        ("ram", {"options": {"epsilon": -1}}, "epsilon is -1, expected at least 0"),
+        ("ramplus_tl", {"options": {"r": math.inf}}, "r is inf, which is not a finite number in float32"),
+        ("consensus", {"options": {"votes": 0}}, "votes is 0, expected a whole number from 1 to"),
+    ],
+)
+def test_bad_numbers_of_single_methods(method: str, given: dict[str, object], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(sentence)):
+        rule_for(METHODS[method], weights=[1], **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("density", [0.0, 1.0])
+def test_ranks_do_not_matter_where_all_or_nothing_is_kept(density: float) -> None:
+    assert rule_for(METHODS["della"], weights=[1], densities=[density], epsilons=[0.4]).densities == (
+        density,
+    )
+
+
 def test_bad_numbers_come_together() -> None:
     with pytest.raises(ProblemList) as caught:
         rule_for(TIES, weights=[math.nan, 1], densities=[2, -1], lambda_=math.nan)
@@ -163,6 +216,11 @@ def test_weights_may_sum_to_more_than_float32_holds() -> None:
         ("dare_ties", [0.5], None, 2),
         ("dare_ties", [0.5], False, 1),
         ("dare_ties", None, None, 1),
+        ("della", [0.5], None, 2),
+        ("sce", None, None, 2),
+        ("ram", None, None, 1),
+        ("ramplus_tl", None, None, 2),
+        ("arcee_fusion", None, None, 3),
     ],
 )
 def test_passes(name: str, densities: list[float] | None, rescale: bool | None, number: int) -> None:
@@ -197,11 +255,13 @@ def test_explain_follows_the_row(method: Method) -> None:
         "bytes",
     ]
     assert ("none" in lines["trim"]) == (method.trim is Trim.NONE)
-    assert lines["elect"].startswith("none") != method.elect
-    assert ("divided by" in lines["combine"]) == method.normalize
-    assert lines["passes"][0] == ("2" if method.rescale or method.blend else "1")
-    assert ("k-th largest" in lines["statistics"]) == (method.trim is Trim.MAGNITUDE)
-    assert ("K + 1" in lines["bytes"]) == method.task_vector
+    elects = method.elect or method.fuse in (Fuse.ENERGY, Fuse.ELECTED)
+    assert lines["elect"].startswith("none") != elects
+    assert ("divided by" in lines["combine"]) == (method.normalize or method.fuse is Fuse.ENERGY)
+    twice = method.rescale or method.blend or "alpha" in method.own or method.trim is Trim.VARIANCE
+    assert lines["passes"][0] == ("3" if method.trim is Trim.IMPORTANCE else "2" if twice else "1")
+    assert ("k-th largest" in lines["statistics"]) == (method.trim in (Trim.MAGNITUDE, Trim.VARIANCE))
+    assert ("K + 1" in lines["bytes"]) == (method.task_vector and method.most is None)
 
 
 def test_explain_is_derived_and_not_written() -> None:

@@ -57,7 +57,7 @@ def test_ordinary_data_is_merged_in_one_pass(
     inputs = 5 * sum(x.nbytes for x in group.bases or [])
     assert report.bytes_read < 1.25 * inputs, "the inputs were read more than once"
     if ties is ThresholdTies.FIRST:
-        assert 0 < report.undecided < 0.25 * report.elements
+        assert 0 < (report.undecided or 0) < 0.25 * report.elements
 
 
 @pytest.mark.parametrize("scope", list(Scope))
@@ -103,7 +103,7 @@ def test_an_overflow_after_the_first_round_counts_every_nan_once() -> None:
     settings = Settings(threads=1, tile=1024, memory=1 << 20, sigmas=40.0)
     actual, report = run_native(group, settings)
     expected = reference_of(group)
-    assert report.fallbacks > 0, "nothing overflowed: the test shows nothing"
+    assert report.fallbacks, "nothing overflowed: the test shows nothing"
     assert_same_bits(group, actual, expected)
     assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)
 

@@ -170,7 +170,12 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
         (with_top("seed: true"), "seed: expected a whole number, found a boolean (True)"),
         (
             with_top("dtype: bf16"),
-            "dtype: 'bf16' is not a type that merges; known are float64, float32, float16, bfl",
+            "dtype: 'bf16' is not a type that merges; did you mean bfloat16?",
+        ),
+        (with_top("out_dtype: FP16"), "out_dtype: 'FP16' is not a type that merges; did you mean float16?"),
+        (
+            with_top("dtype: torch.fp32"),
+            "dtype: 'torch.fp32' is not a type that merges; did you mean float32",
         ),
         (with_top("dtype: int64"), "dtype: 'int64' is not a type that merges"),
         (with_top("out_dtype: 16"), "out_dtype: '16' is not a type that merges"),

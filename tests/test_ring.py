@@ -23,6 +23,7 @@ from ring_family import (
 
 import pymerge
 from pymerge.backends.native import Settings
+from pymerge.checkpoint.staging import Staging
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError
 from pymerge.run.device import Mark, Queue
@@ -61,6 +62,8 @@ MERGES: list[dict[str, Any]] = [
     {"method": "linear", "top": '"out_dtype": "float32"'},
     {"method": "task_arithmetic"},
     {"method": "dare_linear"},
+    {"method": "breadcrumbs", "gamma": 0.1},
+    {"method": "breadcrumbs_ties", "gamma": 0.1, "scope": "model", "rescale": True},
     {"method": "dare_ties", "top": '"dtype": "float16", "seed": 5'},
 ]
 
@@ -77,10 +80,13 @@ def test_cuda_kernels_write_the_files_of_the_cpu(
     assert summary.bytes_read >= plan.bytes_read // plan.passes
     assert summary.bytes_written == sum(job.count * job.out.dtype.itemsize for s in plan.jobs for job in s)
     assert summary.on_cpu == 0
+    assert (summary.undecided, summary.fallbacks, summary.undecided_share) == (None, None, None)
     assert len(device.taken) > 1
 
 
-@pytest.mark.parametrize("merge", [MERGES[i] for i in (0, 3, 5, 6)], ids=str)  # no rescale: it is slow there
+@pytest.mark.parametrize(
+    "merge", [MERGES[i] for i in (0, 3, 5, 6, 8)], ids=str
+)  # no rescale: it is slow there
 def test_triton_kernels_write_the_files_of_the_cpu(
     merge: dict[str, Any], family: Path, tmp_path: Path, device: SlowDevice
 ) -> None:
@@ -124,6 +130,23 @@ def test_nan_are_counted_and_float64_goes_to_the_cpu(
     assert (summary.nan_outputs, summary.on_cpu) == (5, 1)
     assert "merged on the CPU: 1 of these tensors" in summary.describe()
     assert digests(tmp_path / "out") == on_cpu(plan, tmp_path / "cpu")
+
+
+def test_what_a_device_does_not_count_stays_unknown_after_a_resume(
+    family: Path, tmp_path: Path, device: SlowDevice, kernels: Kernels
+) -> None:
+    plan, out = planned(family), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Staging, "publish", unpublished)
+        with pytest.raises(OSError, match="no manifest"):
+            execute_plan(plan, out, Settings(threads=1), start=start_with(device, kernels))
+    summary = execute_plan(plan, out, Settings(threads=1))
+    assert summary.shards_resumed == len(plan.layouts)
+    assert (summary.undecided, summary.fallbacks) == (None, None)
+
+
+def unpublished(self: Staging, files: object, manifest: object) -> None:
+    raise OSError("no manifest")
 
 
 def test_the_ring_waits_for_the_device(family: Path, tmp_path: Path, kernels: Kernels) -> None:

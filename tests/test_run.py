@@ -201,6 +201,20 @@ def test_a_resume_of_another_plan_is_refused(
         execute_plan(planned(family, density=0.4), family / "out", Settings())
 
 
+def test_a_resume_with_files_of_another_size_names_the_option(
+    family: Path, fake: type[Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "fail_at", 2)
+    monkeypatch.setattr(fake, "error", RuntimeError("power cut"))
+    plan = planned(family)
+    with pytest.raises(RuntimeError):
+        execute_plan(plan, family / "out", Settings(), start=fake)
+    other = make_plan(plan.recipe, family / "out")
+    sentence = f"by --max-shard-size the output was {len(plan.layouts)} files, now 1"
+    with pytest.raises(OutputError, match=sentence):
+        execute_plan(other, family / "out", Settings())
+
+
 def test_an_input_that_changed_after_planning(family: Path) -> None:
     plan = planned(family)
     path = next(shard.path for shard in plan.inputs[1].checkpoint.shards)

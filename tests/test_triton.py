@@ -14,7 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BF16, DATA, F16, F32, F64, ON_DEVICES, Case, Group, bits, expected, golden_cases
+from cases import (
+    BF16,
+    DATA,
+    F16,
+    F32,
+    F64,
+    METHODS,
+    Case,
+    Group,
+    bits,
+    expected,
+    golden_cases,
+    outlier_cases,
+)
 from harness import assert_same_bits
 from interpreter import quick_interpreter
 
@@ -32,7 +45,7 @@ from pymerge.backends import triton_tables  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(INTERPRETED, reason="takes minutes in the interpreter; needs a GPU")
-COMBINATIONS = list(itertools.product(ON_DEVICES, ["bf16", "f16", "f32"], DATA))
+COMBINATIONS = list(itertools.product(METHODS, ["bf16", "f16", "f32"], DATA))
 SIZES = (0, 1, 15, 16, 17, 63, 65, 1025, 4095)
 
 
@@ -44,7 +57,7 @@ def interpreted() -> Iterator[None]:
 
 def affordable(case: Case) -> bool:
     """What the interpreter does in about a second; to rescale it goes through rows of 16 elements."""
-    if case.method in ("ties", "dare_linear", "dare_ties") and case.rescale:
+    if case.method not in ("linear", "task_arithmetic") and case.rescale:
         return case.size * case.k <= 200 and case.k <= 3
     return case.size * case.k <= 100_000 and case.k <= (3 if case.scope is Scope.MODEL else 9)
 
@@ -52,7 +65,7 @@ def affordable(case: Case) -> bool:
 def chosen_cases() -> list[Case]:
     """Golden cases, all on a GPU, as many as are quick in the interpreter; f64 becomes a type we take."""
     cases = []
-    for case in golden_cases():
+    for case in golden_cases() + outlier_cases():
         dtypes = "bf16+f32" if "f64" in case.dtypes else case.dtypes
         cases.append(
             dataclasses.replace(case, dtypes=dtypes, cast=None, out=None if case.out is F64 else case.out)
@@ -75,7 +88,7 @@ def test_every_method_type_and_kind_of_data(method: str, dtypes: str, data: str)
     check(simple(method, size, k, dtypes=dtypes, data=data, ties=list(ThresholdTies)[turn % 2]))
 
 
-@pytest.mark.parametrize("method", ON_DEVICES)
+@pytest.mark.parametrize("method", METHODS)
 def test_many_experts(method: str) -> None:
     check(simple(method, 100, 33))
 
@@ -147,7 +160,23 @@ def test_the_exact_way(scope: Scope) -> None:
     assert report.streamed == 0
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("scope", Scope)
+@pytest.mark.parametrize("ties", ThresholdTies)
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_outliers_go_the_exact_way(method: str, ties: ThresholdTies, scope: Scope) -> None:
+    report = check(simple(method, LENGTH, 2, data="atom", scope=scope, ties=ties), STREAM)
+    assert report.streamed == 0
+
+
+def test_an_empty_tensor_and_density_zero() -> None:
+    """Nothing is kept, and of the empty tensor nothing could be."""
+    for method, scope in itertools.product(METHODS, Scope):
+        case = simple(method, 0, 2, density=0.0, scope=scope, rescale=METHODS[method][4])
+        check(case)
+        check(dataclasses.replace(case, size=40))
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties", "breadcrumbs"])
 @pytest.mark.parametrize("data", ["realistic", "inf"])
 def test_rescale_adds_up_in_the_order_of_the_contract(
     method: str, data: str, monkeypatch: pytest.MonkeyPatch

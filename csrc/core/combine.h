@@ -9,6 +9,13 @@ PM_HD V combine_mean(V sum, V weights) {
   return sum / select(is_zero(weights), V::set(1), weights);
 }
 
+// What methods that do not elect divide by: the sum of the weights, but beside a base not by next to nothing.
+template <class Work>
+PM_HD Work combine_divisor(bool base, Work weights) {
+  const bool tiny = weights > Work(-1e-8) && weights < Work(1e-8);
+  return base && tiny ? Work(1) : weights;
+}
+
 template <class V>
 PM_HD V combine_base(V base, V lambda, V merged) {
   return base + lambda * merged;

@@ -13,6 +13,10 @@ struct Cut {
 
   PM_HD static Cut keep_all() { return {0, kAllIndices}; }
   PM_HD static Cut keep_none() { return {~0ull, 0}; }
+  PM_HD static Cut keep_nonzero() { return {1, kAllIndices}; }
+  PM_HD bool keeps_nonzero() const { return magnitude == 1 && index == kAllIndices; }
+  // Zero task vectors never count, so no bracket needs to reach below the smallest magnitude.
+  PM_HD Cut without_zeros() const { return magnitude == 0 ? keep_nonzero() : *this; }
 };
 
 // The lowest magnitude bits above `magnitude`, as raw bits: NaN are all equal, so nothing is above them. The

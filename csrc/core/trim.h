@@ -26,6 +26,11 @@ PM_HD int64_t kept_entries(double density, int64_t size) {
   return kept < 1 ? 1 : kept;
 }
 
+// At random: words below this are kept.
+PM_HD uint32_t random_limit(double density) {
+  return density >= 1 ? ~0u : uint32_t((density > 0 ? density : 0) * 0x1p32);
+}
+
 // With outliers: the largest `dropped` entries are outliers, the others of the largest `reached` are kept
 // (-1: all others). Where both shares together are more than all, fewer are outliers.
 struct OutlierRanks {

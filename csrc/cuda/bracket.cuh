@@ -6,9 +6,6 @@
 
 namespace pm::cuda {
 
-// By how much a standard error that was estimated from a few strata is widened (Student's t).
-PM_HD double spread_margin(int64_t strata) { return 1 + 8.0 / double(strata); }
-
 struct BracketCall {
   Group group;
   Rule rule;
@@ -27,26 +24,29 @@ static __global__ void __launch_bounds__(kThreads) sample_keys(Group group, From
     sample.state.sample[k * sample.state.samples + i] = key_of<T>(row, k, flat - row[kOrigin]);
 }
 
-// Thread k: what is kept of expert k.
-__device__ inline int64_t kept_of(const BracketCall& c, int k) {
-  return kept_entries(c.rule.density[k], c.group.size);
+// Thread k: how many entries of expert k reach its threshold.
+__device__ inline int64_t wanted_of(const BracketCall& c, int k) {
+  return c.rule.ranks(k, c.group.size).reached;
+}
+
+__device__ inline void search_nothing(Expert& expert) {
+  expert.search[0].stage = expert.search[1].stage = Search::idle;
 }
 
 // First the middle of each bracket is searched for in the sample.
 static __global__ void aim_middle(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
-  const int64_t kept = kept_of(c, k), samples = c.state.samples;
-  expert.search[0].stage = expert.search[1].stage = Search::idle;
-  expert.low = expert.high = expert.cut = kept < 0 ? Cut::keep_all() : Cut::keep_none();
-  if (kept <= 0) return;
-  double rank = (double(kept) / double(c.group.size) + c.bias) * double(samples);
+  const int64_t wanted = wanted_of(c, k), samples = c.state.samples;
+  search_nothing(expert);
+  expert.low = expert.high = expert.cut = wanted < 0 ? Cut::keep_all() : Cut::keep_none();
+  if (wanted <= 0) return;
+  double rank = (double(wanted) / double(c.group.size) + c.bias) * double(samples);
   rank = rank < 1 ? 1 : rank > double(samples) ? double(samples) : rank;
   expert.search[0] = Search::over_all(int64_t(rank), c.group.size - 1);
 }
 
-// Then its ends, four standard errors away. Neighbours are alike, and so are strata, so the error is
-// estimated from how neighbouring clusters differ. One block per expert.
+// Then its ends, four standard errors away. One block per expert.
 static __global__ void __launch_bounds__(kThreads) aim_ends(BracketCall c, FromSample sample) {
   __shared__ unsigned long long squares;
   const int k = int(blockIdx.x);
@@ -69,94 +69,83 @@ static __global__ void __launch_bounds__(kThreads) aim_ends(BracketCall c, FromS
   atomicAdd(&squares, mine);
   __syncthreads();
   if (threadIdx.x != 0) return;
-  const double variance = double(squares) / 2, samples = double(c.state.samples);
-  const double half = c.sigmas * sqrt(variance > 1 ? variance : 1) * spread_margin(sample.clusters()) + 1;
+  const double error = count_error(double(squares), double(sample.clusters()));
+  const Ends ends = ends_around(double(expert.search[0].placed().rank), c.sigmas * error + 1);
   const int64_t last = c.group.size - 1;
-  const double centre = double(expert.search[0].passed + expert.search[0].rank);
-  const double low = ceil(centre + half), high = floor(centre - half);
   expert.low = Cut::keep_all();
   expert.high = Cut::keep_none();
-  expert.search[0].stage = expert.search[1].stage = Search::idle;
-  if (low <= samples) expert.search[0] = Search::over_all(int64_t(low), last);
-  if (high >= 1) expert.search[1] = Search::over_all(int64_t(high), last);
-}
-
-__device__ inline Cut bracket_end(const BracketCall& c, const Cut& found) {
-  // Zero task vectors never count, so no bracket needs to reach below the smallest magnitude.
-  if (found.magnitude == 0) return {1, Cut::kAllIndices};
-  return {found.magnitude, c.rule.all_ties ? Cut::kAllIndices : found.index};
+  search_nothing(expert);
+  if (ends.low <= double(c.state.samples)) expert.search[0] = Search::over_all(int64_t(ends.low), last);
+  if (ends.high >= 1) expert.search[1] = Search::over_all(int64_t(ends.high), last);
 }
 
 // The bracket as the sample gives it; the stream counts from here.
 static __global__ void open_bracket(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
-  if (kept_of(c, k) <= 0) return;
-  if (expert.search[0].stage == Search::done) expert.low = expert.search[0].cut;
-  if (expert.search[1].stage == Search::done) expert.high = expert.search[1].cut;
-  expert.low = bracket_end(c, expert.low);
-  expert.high = bracket_end(c, expert.high);
-  if (expert.high.magnitude == ~0ull) expert.high = Cut::keep_none();
+  if (wanted_of(c, k) <= 0) return;
+  const bool all_ties = c.rule.all_ties;
+  const Search &low = expert.search[0], &high = expert.search[1];
+  if (low.stage == Search::done) expert.low = low.placed().end(all_ties);
+  if (high.stage == Search::done) expert.high = high.placed().end(all_ties);
+  expert.low = expert.low.without_zeros();
+  expert.high = expert.high.without_zeros();
 }
 
-// Standard error of the kept share of expert k over the last round, from neighbouring strata.
+// Standard error of the kept share of expert k over the last round.
 __device__ inline double tally_error(const BracketCall& c, int k) {
-  double variance = 0, total = 0, last = 0;
-  int64_t strata = 0;
+  ShareError shares;
   for (int64_t s = 0; s < kStrata; ++s) {
     const unsigned long long* stratum = c.state.tally + s * (1 + c.group.experts);
     if (!stratum[0]) continue;
-    const double size = double(stratum[0]), rate = double(stratum[1 + k]) / size;
-    if (strata++) variance += size * size * (rate - last) * (rate - last) / 2;
-    total += size, last = rate;
+    const double size = double(stratum[0]);
+    shares.add(size, double(stratum[1 + k]) / size);
   }
-  if (strata < 2) return 1;
-  return sqrt(variance > 1 ? variance : 1) / total * spread_margin(strata);
+  return shares.error();
 }
 
-__device__ inline int64_t surely_kept(const BracketCall& c, const Expert& expert) {
-  return int64_t(c.rule.all_ties ? expert.kept : expert.above);
+// What has been counted under an expert's bracket; a list that had no room for all is a miss.
+__device__ inline CutCounts take_stock(const BracketCall& c, Expert& expert) {
+  expert.opened += int64_t(expert.listed - expert.counted);
+  expert.counted = expert.listed;
+  search_nothing(expert);
+  if (int64_t(expert.listed) > c.state.capacity) *c.state.missed = 1;
+  return {int64_t(expert.above), int64_t(expert.kept), expert.opened};
 }
 
 // After a round: where the ends must lie by what has been streamed so far.
 static __global__ void aim_closer(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
-  expert.opened += int64_t(expert.listed - expert.counted);
-  expert.counted = expert.listed;
-  expert.search[0].stage = expert.search[1].stage = Search::idle;
-  const int64_t kept = kept_of(c, k);
-  if (int64_t(expert.listed) > c.state.capacity) *c.state.missed = 1;
-  if (kept <= 0 || *c.state.missed) return;
-  const double seen = double(*c.state.seen), share = seen / double(c.group.size);
-  const double centre = double(kept) * share - double(surely_kept(c, expert));
-  const double half = c.sigmas * tally_error(c, k) * seen * sqrt(1 - share) + 1;
+  const CutCounts counts = take_stock(c, expert);
+  const int64_t wanted = wanted_of(c, k);
+  if (wanted <= 0 || *c.state.missed) return;
+  const Ends ends = closer_ends(wanted, counts.surely_kept(c.rule.all_ties), int64_t(*c.state.seen),
+                                c.group.size, tally_error(c, k), c.sigmas);
   const auto aim = [&](double rank, Search& search) {
-    if (rank < 1 || rank >= double(expert.opened)) return;  // beyond what is undecided: that end stays
+    if (!moves(rank, counts.opened)) return;
     search = Search::over(expert.low.magnitude, expert.high.magnitude, int64_t(rank), c.group.size - 1);
   };
-  aim(ceil(centre + half), expert.search[0]);
-  aim(floor(centre - half), expert.search[1]);
+  aim(ends.low, expert.search[0]);
+  aim(ends.high, expert.search[1]);
 }
 
 static __global__ void close_bracket(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
   const bool all_ties = c.rule.all_ties;
-  const auto reaching = [all_ties](const Search& s) {  // how many undecided entries reach the new end
-    return all_ties ? s.larger + s.equal : s.passed + s.rank;
-  };
   const Search &low = expert.search[0], &high = expert.search[1];
+  CutCounts counts{int64_t(expert.above), int64_t(expert.kept), expert.opened};
   if (low.stage == Search::done) {
-    expert.low = bracket_end(c, low.cut);
-    expert.opened = reaching(low);
+    expert.low = low.placed().end(all_ties);
+    move_low(low.placed(), all_ties, &counts);
   }
   if (high.stage == Search::done) {
-    expert.high = bracket_end(c, high.cut);
-    expert.opened -= reaching(high);
-    expert.above = all_ties ? expert.kept + high.larger : expert.above + reaching(high);
-    expert.kept += all_ties ? reaching(high) : 0;
+    expert.high = high.placed().end(all_ties);
+    move_high(high.placed(), all_ties, &counts);
   }
+  expert.above = (unsigned long long)counts.above, expert.kept = (unsigned long long)counts.kept;
+  expert.opened = counts.opened;
   for (int64_t s = k; s < kStrata; s += blockDim.x)
     for (int i = 0; i <= c.group.experts; ++i) c.state.tally[s * (1 + c.group.experts) + i] = 0;
 }
@@ -166,47 +155,41 @@ static __global__ void close_bracket(BracketCall c) {
 static __global__ void judge(BracketCall c) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
-  expert.opened += int64_t(expert.listed - expert.counted);
-  expert.counted = expert.listed;
-  expert.search[0].stage = expert.search[1].stage = Search::idle;
-  const int64_t kept = kept_of(c, k), surely = surely_kept(c, expert);
-  if (int64_t(expert.listed) > c.state.capacity) *c.state.missed = 1;
-  if (kept <= 0) return;
-  expert.cut = expert.high;
-  if (c.rule.all_ties) {
-    if (int64_t(expert.above) < kept && kept <= int64_t(expert.kept)) return;  // the top is the threshold
-    if (int64_t(expert.above) >= kept && expert.kept > 0) *c.state.missed = 1;
-  }
-  const bool to_the_bottom = expert.low.magnitude == 1 && expert.low.index == Cut::kAllIndices;
-  if (kept == surely) return;
-  if (kept < surely) {
-    *c.state.missed = 1;
-  } else if (kept == surely + expert.opened || (to_the_bottom && kept > surely + expert.opened)) {
-    expert.cut = expert.low;
-  } else if (kept < surely + expert.opened) {
+  const CutCounts counts = take_stock(c, expert);
+  const int64_t wanted = wanted_of(c, k);
+  if (wanted <= 0) return;
+  const Verdict verdict = verdict_on(wanted, expert.low, expert.high, counts, c.rule.all_ties);
+  expert.cut = verdict.cut;
+  if (verdict.kind == Verdict::missed) *c.state.missed = 1;
+  if (verdict.kind == Verdict::search)
     expert.search[0] =
-        Search::over(expert.low.magnitude, expert.high.magnitude, kept - surely, c.group.size - 1);
-  } else {
-    *c.state.missed = 1;
-  }
+        Search::over(expert.low.magnitude, expert.high.magnitude, verdict.rank, c.group.size - 1);
 }
 
 // The exact route, taken where the bracket failed: searches over everything.
 static __global__ void aim_exactly(BracketCall c, bool always) {
   const int k = int(threadIdx.x);
   Expert& expert = c.state.expert[k];
-  const int64_t kept = kept_of(c, k);
+  const OutlierRanks ranks = c.rule.ranks(k, c.group.size);
   expert.search[1].stage = Search::idle;
   if (!always && !*c.state.missed) return;
-  expert.search[0].stage = Search::idle;
-  expert.cut = kept < 0 ? Cut::keep_all() : Cut::keep_none();
-  if (kept > 0) expert.search[0] = Search::over_all(kept, c.group.size - 1);
+  const auto aim = [&](int64_t rank, Search& search, Cut& cut) {
+    search.stage = Search::idle;
+    cut = rank < 0 ? Cut::keep_all() : Cut::keep_none();
+    if (rank > 0) search = Search::over_all(rank, c.group.size - 1);
+  };
+  aim(ranks.reached, expert.search[0], expert.cut);
+  aim(ranks.dropped, expert.search[1], expert.drop);
 }
 
 static __global__ void settle_cuts(BracketCall c) {
   Expert& expert = c.state.expert[threadIdx.x];
-  if (expert.search[0].stage == Search::done) expert.cut = expert.search[0].cut;
-  if (c.rule.all_ties && expert.cut.magnitude != ~0ull) expert.cut.index = Cut::kAllIndices;
+  const auto settle = [&](const Search& search, Cut& cut) {
+    if (search.stage == Search::done) cut = search.cut;
+    if (c.rule.all_ties && cut.magnitude != Cut::keep_none().magnitude) cut.index = Cut::kAllIndices;
+  };
+  settle(expert.search[0], expert.cut);
+  settle(expert.search[1], expert.drop);
 }
 
 }  // namespace pm::cuda

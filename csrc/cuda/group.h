@@ -1,8 +1,10 @@
 // A group of tensors on the device, and what a merge keeps about it there.
 #pragma once
+#include "../core/bracket.h"
 #include "../core/cut.h"
 #include "../core/params.h"
 #include "../core/rounds.h"
+#include "../core/trim.h"
 #include "platform.h"
 
 namespace pm::cuda {
@@ -70,11 +72,17 @@ PM_HD Piece find_piece(const Group& group, int64_t number) {
 // The rule as kernels take it: by value.
 struct Rule {
   float weight[kMaxExperts];
-  double density[kMaxExperts];
+  double density[kMaxExperts], gamma[kMaxExperts];
   uint32_t limit[kMaxExperts];
   bool whole[kMaxExperts];
   float lambda, divisor;
-  bool normalize, all_ties;
+  bool normalize, all_ties, outliers;
+
+  // How many of `size` entries of expert k reach its threshold (-1: all), and how many are its outliers.
+  PM_HD OutlierRanks ranks(int k, int64_t size) const {
+    if (outliers) return outlier_ranks(density[k], gamma[k], size);
+    return {0, kept_entries(density[k], size)};
+  }
 };
 
 // A search for the `rank`-th largest key of one expert, ties by lower flat index first.
@@ -93,6 +101,7 @@ struct Search {
     return {magnitude, rank, 0, 0, 0, low, high < nan ? high : nan, uint64_t(last_index), {}};
   }
   PM_HD static Search over_all(int64_t rank, int64_t last_index) { return over(0, ~0ull, rank, last_index); }
+  PM_HD Placed placed() const { return {cut, passed + rank, larger, equal}; }
 };
 
 constexpr int64_t kStrata = 256;  // of a round: how the kept share varies between them bounds the error
@@ -100,19 +109,19 @@ constexpr int64_t kStrata = 256;  // of a round: how the kept share varies betwe
 // What one group's merge keeps in device memory, all of it written by kernels.
 struct Expert {
   Cut low, high;  // the bracket: kept under `high` is kept for certain, not kept under `low` trimmed
-  Cut cut;        // the result
+  Cut cut, drop;  // the result: what reaches `cut` is kept, but for the outliers, which reach `drop`
   unsigned long long above, kept;  // as the stream counted them under the bracket; `kept` with all ties only
   unsigned long long listed;       // undecided entries appended so far
   unsigned long long counted;      // of these, counted in `opened` already
   int64_t opened;                  // undecided under the bracket as it is now
-  Search search[2];                // the bracket's low and high end; the result comes from the first
+  Search search[2];                // the bracket's low and high end; or `cut` and `drop`
 };
 
 struct State {
   Expert* expert;             // [experts]
   unsigned long long* bins;   // [experts][2][kBins]
   unsigned int* ticket;       // [experts][2]
-  unsigned long long* tally;  // [kStrata][1 + experts]: elements; twice what is kept, undecided half
+  unsigned long long* tally;  // [kStrata][1 + experts]: elements; what is surely kept
   unsigned long long* seen;   // elements streamed
   int* missed;                // the bracket or the list failed: the exact route must be taken
   uint32_t* sample;           // [experts][samples] magnitudes
@@ -120,7 +129,7 @@ struct State {
   uint64_t* list_index;       // [experts][capacity]
   double* masses;             // [blocks][experts][2]
   float* scale;               // [tensors][experts]
-  Cut* cuts;                  // [tensors][experts], for thresholds of their own
+  Cut *cuts, *drops;          // [tensors][experts], for thresholds of their own
   int64_t samples, capacity;
 };
 

@@ -28,13 +28,20 @@ struct MapCall {
   bool own_cuts;  // each tensor has its own thresholds
   bool scaled;
   const int* only_if;  // run only if this is set; null: always
+
+  __device__ const Cut& cut(int64_t tensor, int k) const {
+    return own_cuts ? state.cuts[tensor * group.experts + k] : state.expert[k].cut;
+  }
+  __device__ const Cut& drop(int64_t tensor, int k) const {
+    return own_cuts ? state.drops[tensor * group.experts + k] : state.expert[k].drop;
+  }
 };
 
 // What the threads of a block share about their piece.
 struct Shared {
   Piece piece;
   bool single;  // element by element: not aligned to vectors, or some threshold changes within the piece
-  uint32_t keep_at[kMaxExperts], open_at[kMaxExperts], count_at[kMaxExperts];
+  uint32_t keep_at[kMaxExperts], open_at[kMaxExperts], count_at[kMaxExperts], drop_at[kMaxExperts];
   unsigned int above[kMaxExperts];          // with all ties: strictly above the bracket
   uint16_t counted[kMaxExperts][kThreads];  // what each thread has kept
 };
@@ -163,25 +170,30 @@ class Mapper {
   }
 
   __device__ float scale_of(int k) const { return c_.state.scale[piece_.tensor * c_.group.experts + k]; }
-  __device__ const Cut& cut(int k) const {
-    return c_.own_cuts ? c_.state.cuts[piece_.tensor * c_.group.experts + k] : c_.state.expert[k].cut;
-  }
   __device__ uint32_t at_element(const Cut& cut, const uint32_t* whole_piece, int64_t at) const {
     return kSingle ? threshold_at<float>(cut, piece_.flat + uint64_t(at)) : *whole_piece;
   }
 
   __device__ void trim(int k, int64_t at, const Lane (&d)[kCount], bool (&keep)[kCount]) {
-    if constexpr (S::trim == Trim::magnitude) {
-      const Cut& cut = S::collecting ? c_.state.expert[k].high : this->cut(k);
+    if constexpr (by_magnitude(S::trim)) {
+      const Cut& cut = S::collecting ? c_.state.expert[k].high : c_.cut(piece_.tensor, k);
 #pragma unroll
       for (int e = 0; e < kCount; ++e)
         keep[e] = trim_magnitude(d[e], at_element(cut, &s_->keep_at[k], at + e));
+      if constexpr (S::trim == Trim::outliers) drop_outliers(k, at, d, keep);
     } else if (S::trim == Trim::random && !c_.rule.whole[k]) {
       random_keep(uint64_t(piece_.first + at), k, uint64_t(piece_.row[kKey]), c_.rule.limit[k], keep);
     } else {
 #pragma unroll
       for (int e = 0; e < kCount; ++e) keep[e] = true;
     }
+  }
+
+  __device__ void drop_outliers(int k, int64_t at, const Lane (&d)[kCount], bool (&keep)[kCount]) {
+    const Cut& drop = c_.drop(piece_.tensor, k);
+#pragma unroll
+    for (int e = 0; e < kCount; ++e)
+      keep[e] = trim_outliers(keep[e], trim_magnitude(d[e], at_element(drop, &s_->drop_at[k], at + e)));
   }
 
   // Counts what is kept, and notes whether something is open: below the bracket's top, not below its bottom.
@@ -269,15 +281,18 @@ class Mapper {
 template <class S>
 __device__ inline void prepare_expert(const MapCall& c, Shared& s, int k) {
   const Expert& expert = c.state.expert[k];
-  const int64_t tensor = s.piece.tensor;
-  const Cut& cut = c.own_cuts ? c.state.cuts[tensor * c.group.experts + k] : expert.cut;
-  const Cut& keep = S::collecting ? expert.high : cut;
+  const Cut& keep = S::collecting ? expert.high : c.cut(s.piece.tensor, k);
   const auto inside = [&s](const Cut& cut) {
     return cut.index > s.piece.flat && cut.index < s.piece.flat + uint64_t(s.piece.count);
   };
-  if constexpr (S::trim == Trim::magnitude) {
+  if constexpr (by_magnitude(S::trim)) {
     s.keep_at[k] = threshold_at<float>(keep, s.piece.flat);
     if (inside(keep)) s.single = true;
+  }
+  if constexpr (S::trim == Trim::outliers) {
+    const Cut& drop = c.drop(s.piece.tensor, k);
+    s.drop_at[k] = threshold_at<float>(drop, s.piece.flat);
+    if (inside(drop)) s.single = true;
   }
   if constexpr (S::collecting) {
     s.open_at[k] = threshold_at<float>(expert.low, s.piece.flat);

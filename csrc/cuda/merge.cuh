@@ -29,21 +29,21 @@ class GroupMerge {
 
   void run() {
     if (group_.pieces == 0) return;
-    const bool searched = r_.trim == Trim::magnitude && any_searched();
-    if (!searched) {
+    if (!by_magnitude(r_.trim) || all_kept()) {
       if (r_.trim == Trim::random && r_.rescale) rescale(true);
-      return map(Collect::no, r_.trim == Trim::magnitude && all_kept() ? Trim::none : r_.trim, nullptr);
+      return map(Collect::no, by_magnitude(r_.trim) ? Trim::none : r_.trim, nullptr);
     }
+    const bool outliers = r_.trim == Trim::outliers;
     if (r_.own_cuts) {
-      start(dim3(unsigned(group_.tensors), unsigned(group_.experts)), kThreads, find_small_cuts<T>, group_,
-            rule_, state_);
-    } else if (r_.rescale || group_.size < 4 * r_.samples) {
+      const unsigned cuts = unsigned(outliers ? 2 * group_.experts : group_.experts);
+      start(dim3(unsigned(group_.tensors), cuts), kThreads, find_small_cuts<T>, group_, rule_, state_);
+    } else if (outliers || r_.rescale || group_.size < 4 * r_.samples) {
       search_exactly(true);
     } else {
       return stream_once();
     }
     if (r_.rescale) rescale(false);
-    map(Collect::no, Trim::magnitude, nullptr);
+    map(Collect::no, r_.trim, nullptr);
   }
 
  private:
@@ -54,12 +54,11 @@ class GroupMerge {
     else
       launch(stream_, blocks, threads, kernel, args...);
   }
-  bool any_searched() const {
+  bool all_kept() const {
     for (double density : r_.density)
-      if (density < 1) return true;
-    return false;
+      if (density < 1) return false;
+    return true;
   }
-  bool all_kept() const { return !any_searched(); }
   dim3 blocks(int64_t wanted, int rows = 1) const {
     return dim3(unsigned(wanted < most_blocks_ ? wanted : most_blocks_), unsigned(rows));
   }
@@ -137,6 +136,7 @@ class GroupMerge {
     if (!r_.base) return map_pieces<Shape<T, false, Trim::none, false, false>>;
     if (trim == Trim::magnitude)
       return unit() ? magnitude_kernel<true>(collect) : magnitude_kernel<false>(collect);
+    if (trim == Trim::outliers) return unit() ? outlier_kernel<true>() : outlier_kernel<false>();
     if (trim == Trim::random)
       return r_.elect ? map_pieces<Shape<T, true, Trim::random, true, false>>
                       : map_pieces<Shape<T, true, Trim::random, false, false>>;
@@ -150,6 +150,11 @@ class GroupMerge {
     if (collect == Collect::first) return map_pieces<Shape<T, true, magnitude, true, kUnit, Collect::first>>;
     if (collect == Collect::all) return map_pieces<Shape<T, true, magnitude, true, kUnit, Collect::all>>;
     return map_pieces<Shape<T, true, magnitude, true, kUnit>>;
+  }
+  template <bool kUnit>
+  Kernel outlier_kernel() const {
+    return r_.elect ? map_pieces<Shape<T, true, Trim::outliers, true, kUnit>>
+                    : map_pieces<Shape<T, true, Trim::outliers, false, kUnit>>;
   }
   void launch_fix_up() {
     const MapCall call = this->call(nullptr, Rounds::in_order(group_.pieces), 0);

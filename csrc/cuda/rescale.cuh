@@ -12,6 +12,16 @@ struct RescaleCall {
   Rule rule;
   State state;
   bool random, own_cuts;
+
+  __device__ bool keeps(int64_t tensor, int k, Lane d, uint64_t flat) const {
+    const int64_t own = tensor * group.experts + k;
+    const auto reaches = [d, flat](const Cut& cut) {
+      return trim_magnitude(d, threshold_at<float>(cut, flat));
+    };
+    const bool keep = reaches(own_cuts ? state.cuts[own] : state.expert[k].cut);
+    if (!rule.outliers) return keep;
+    return trim_outliers(keep, reaches(own_cuts ? state.drops[own] : state.expert[k].drop));
+  }
 };
 
 template <class T>
@@ -23,7 +33,6 @@ static __global__ void __launch_bounds__(kThreads) sum_masses(const __grid_const
   if (number < c.group.blocks && !c.rule.whole[k]) {
     const int64_t tensor = c.group.last_at(kFirstBlock, number);
     const Piece block = piece_of(c.group, tensor, number - c.group.row(tensor)[kFirstBlock], kReduceBlock);
-    const Cut cut = c.own_cuts ? c.state.cuts[tensor * c.group.experts + k] : c.state.expert[k].cut;
     const auto* base = block.template input<typename T::Raw>(kBase);
     const auto* expert = block.template input<typename T::Raw>(kExperts + k);
     for (int64_t i = lane; i < block.count; i += kVirtualLanes) {
@@ -32,7 +41,7 @@ static __global__ void __launch_bounds__(kThreads) sum_masses(const __grid_const
       if (c.random)
         random_keep(uint64_t(block.first + i), k, uint64_t(block.row[kKey]), c.rule.limit[k], keep);
       else
-        keep[0] = trim_magnitude(d, threshold_at<float>(cut, block.flat + uint64_t(i)));
+        keep[0] = c.keeps(tensor, k, d, block.flat + uint64_t(i));
       const double mass = bit_cast<float>(magnitude(d));
       all_sum += mass;
       kept_sum += keep[0] ? mass : 0.0;

@@ -156,22 +156,24 @@ __global__ void __launch_bounds__(kThreads) narrow_searches(Source source, State
   if (threadIdx.x == 0) state.ticket[slot] = 0;
 }
 
-// Thresholds of many small tensors at once: a block finds one expert's in one tensor.
+// Thresholds of many small tensors at once: a block finds one expert's in one tensor, or its outliers'.
 template <class T>
 __global__ void __launch_bounds__(kThreads) find_small_cuts(Group group, Rule rule, State state) {
   __shared__ unsigned int bins[kBins];
   __shared__ unsigned long long total[kBins];
   __shared__ Search search;
   const int64_t tensor = blockIdx.x;
-  const int expert = int(blockIdx.y);
+  const int expert = int(blockIdx.y) % group.experts;
+  const bool outliers = int(blockIdx.y) >= group.experts;
   const Piece piece = piece_of(group, tensor, 0, group.row(tensor)[kCount]);
-  const int64_t kept = kept_entries(rule.density[expert], piece.count);
-  Cut& cut = state.cuts[tensor * group.experts + expert];
-  if (kept <= 0) {
-    if (threadIdx.x == 0) cut = kept < 0 ? Cut::keep_all() : Cut::keep_none();
+  const OutlierRanks ranks = rule.ranks(expert, piece.count);
+  const int64_t rank = outliers ? ranks.dropped : ranks.reached;
+  Cut& cut = (outliers ? state.drops : state.cuts)[tensor * group.experts + expert];
+  if (rank <= 0) {
+    if (threadIdx.x == 0) cut = rank < 0 ? Cut::keep_all() : Cut::keep_none();
     return;
   }
-  if (threadIdx.x == 0) search = Search::over_all(kept, piece.count - 1);
+  if (threadIdx.x == 0) search = Search::over_all(rank, piece.count - 1);
   __syncthreads();
   while (search.stage != Search::done) {
     for (int i = int(threadIdx.x); i < kBins; i += kThreads) bins[i] = 0;

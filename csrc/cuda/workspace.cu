@@ -1,7 +1,5 @@
 #include "workspace.h"
 
-#include <cmath>
-
 #include "select.cuh"
 
 namespace pm::cuda {
@@ -28,11 +26,12 @@ class Carver {
 
 State carve(const Request& r, int64_t* bytes, int64_t* control) {
   const int64_t experts = r.group.experts;
-  const bool searched = r.trim == Trim::magnitude, streamed = searched && !r.own_cuts;
+  const bool searched = by_magnitude(r.trim) && !r.own_cuts, outliers = r.trim == Trim::outliers;
+  const bool streamed = searched && !outliers;
   Carver carver(r.workspace);
   State s{};
   s.expert = carver.take<Expert>(experts);
-  s.bins = carver.take<unsigned long long>(streamed ? experts * 2 * kBins : 0);
+  s.bins = carver.take<unsigned long long>(searched ? experts * 2 * kBins : 0);
   s.ticket = carver.take<unsigned int>(experts * 2);
   s.tally = carver.take<unsigned long long>(streamed ? kStrata * (1 + experts) : 0);
   s.seen = carver.take<unsigned long long>(1);
@@ -46,6 +45,7 @@ State carve(const Request& r, int64_t* bytes, int64_t* control) {
   s.masses = carver.take<double>(r.rescale ? r.group.blocks * experts * 2 : 0);
   s.scale = carver.take<float>(r.rescale ? r.group.tensors * experts : 0);
   s.cuts = carver.take<Cut>(r.own_cuts ? r.group.tensors * experts : 0);
+  s.drops = carver.take<Cut>(r.own_cuts && outliers ? r.group.tensors * experts : 0);
   *bytes = carver.used();
   return s;
 }
@@ -64,13 +64,15 @@ Rule rule_of(const Request& r) {
     rule.weight[k] = float(r.weight[size_t(k)]);
     rule.density[k] = density;
     rule.whole[k] = density >= 1;
-    rule.limit[k] = density >= 1 ? ~0u : uint32_t((density > 0 ? density : 0) * 0x1p32);
+    rule.limit[k] = random_limit(density);
+    if (r.trim == Trim::outliers) rule.gamma[k] = r.gamma[size_t(k)];
     total += rule.weight[k];
   }
   rule.lambda = float(r.lambda);
-  rule.divisor = r.base && std::fabs(total) < 1e-8f ? 1.0f : total;
+  rule.divisor = combine_divisor(r.base, total);
   rule.normalize = r.normalize;
   rule.all_ties = r.all_ties;
+  rule.outliers = r.trim == Trim::outliers;
   return rule;
 }
 

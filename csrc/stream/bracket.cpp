@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../core/bracket.h"
 #include "../core/rounds.h"
 
 namespace pm {
@@ -37,11 +38,10 @@ Samples choose_samples(const Group<Work>& group) {
   return s;
 }
 
-// Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`. Elements
-// near each other are alike, and so are strata, so it is estimated from how neighbouring clusters differ.
+// Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`.
 template <class Bits>
 double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equal) {
-  double variance = 0;
+  double squares = 0;
   int64_t last = 0;
   for (int64_t c = 0; c < s.clusters; ++c) {
     int64_t above = 0;
@@ -49,10 +49,10 @@ double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equ
       const int64_t i = c * s.length + j;
       above += keys[i] > key || (keys[i] == key && i <= last_equal);
     }
-    if (c) variance += double((above - last) * (above - last)) / 2;
+    if (c) squares += double((above - last) * (above - last));
     last = above;
   }
-  return std::sqrt(std::max(variance, 1.0)) * spread_margin(double(s.clusters));
+  return count_error(squares, double(s.clusters));
 }
 
 }  // namespace
@@ -109,12 +109,10 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
     const double centre = std::clamp(share * double(total), 1.0, double(total));
     const auto [middle, last] = ranking.at(int64_t(centre));
     const double half = settings.sigmas * rank_error(sample.data(), samples, middle, last) + 1;
-    const auto high_rank = int64_t(std::floor(centre - half)), low_rank = int64_t(std::ceil(centre + half));
-    high = high_rank < 1 ? Cut::keep_none() : cut_at(high_rank);
-    low = low_rank > total ? Cut::keep_all() : cut_at(low_rank);
-    // Zero task vectors never count, so no bracket needs to reach below the smallest magnitude.
-    if (low.magnitude == 0) low = {1, Cut::kAllIndices};
-    if (high.magnitude == 0) high = {1, Cut::kAllIndices};
+    const Ends ends = ends_around(centre, half);
+    const auto high_rank = int64_t(ends.high), low_rank = int64_t(ends.low);
+    high = high_rank < 1 ? Cut::keep_none() : cut_at(high_rank).without_zeros();
+    low = low_rank > total ? Cut::keep_nonzero() : cut_at(low_rank).without_zeros();
   });
   return bracket;
 }

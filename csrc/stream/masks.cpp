@@ -57,7 +57,7 @@ template <class Work>
 void Masks<Work>::draw(Worker& worker, int k, int64_t first, int64_t count, uint64_t* to) const {
   constexpr int64_t kAtOnce = 1024;  // words that stay in the first-level cache
   auto* words = worker.words.template reserve_for<uint32_t>(kAtOnce + kDrawRoom);
-  const uint32_t limit = word_limit(group_.rule().density[size_t(k)]);
+  const uint32_t limit = random_limit(group_.rule().density[size_t(k)]);
   for (int64_t at = 0; at < count; at += kAtOnce) {
     const int64_t size = std::min(kAtOnce, count - at);
     kernels().words(uint64_t(first + at), size, k, view_.job().key, words);

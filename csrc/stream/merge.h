@@ -1,6 +1,7 @@
 // Merges one group: exact thresholds and the output in one reading of the inputs (Crew = who does the work).
 #pragma once
 #include "../core/blend.h"
+#include "../core/bracket.h"
 #include "bracket.h"
 #include "tensor_params.h"
 
@@ -37,6 +38,8 @@ struct Counts {
     for (size_t k = 0; k < above.size(); ++k)
       above[k] += more.above[k], kept[k] += more.kept[k], opened[k] += more.opened[k];
   }
+  CutCounts at(size_t k) const { return {above[k], kept[k], opened[k]}; }
+  void set(size_t k, const CutCounts& c) { above[k] = c.above, kept[k] = c.kept, opened[k] = c.opened; }
   void clear() {
     for (auto* counts : {&above, &kept, &opened}) std::fill(counts->begin(), counts->end(), 0);
   }

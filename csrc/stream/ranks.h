@@ -28,18 +28,24 @@ class RowRanks {
   static constexpr int kOctaves = 16;   // below the largest key; what is smaller shares the first bin
 
   uint32_t limit(int64_t rank, int64_t last) const {
-    return word_limit(ranked_density(density_, epsilon_, rank, last));
+    return random_limit(ranked_density(density_, epsilon_, rank, last));
   }
   void count_bins(std::span<const Bits> keys);
-  // Decides the entries of the flagged bins by their exact ranks.
-  void sort_out(std::span<const Bits> keys, int64_t begin, int64_t end, const uint32_t* words, uint64_t* bits,
-                int64_t to);
+  // Decides the doubtful entries by their exact ranks.
+  void sort_out(std::span<const Bits> keys, int64_t begin, const uint32_t* words, uint64_t* bits, int64_t to);
 
+  struct Bin {
+    int64_t seen;  // of its keys, from the row's end
+    Bits key;
+    bool mixed;  // not all its keys are equal
+  };
   double density_, epsilon_;
-  std::vector<uint16_t> bin_;     // of each key
-  std::vector<int64_t> start_;    // how many keys lie in lower bins
-  std::vector<uint8_t> flagged_;  // bins whose limits a word lies between
-  std::vector<std::vector<std::pair<Bits, int64_t>>> members_;
+  std::vector<uint16_t> bin_;       // of each key
+  std::vector<int32_t> start_;      // how many keys lie in lower bins
+  std::vector<uint64_t> doubtful_;  // entries whose word lies between the limits of their bin, as `bits`
+  std::vector<uint8_t> flagged_;    // bins that hold such
+  std::vector<Bin> bins_;           // what is known of these
+  std::vector<int32_t> chosen_;     // their entries
 };
 
 }  // namespace pm

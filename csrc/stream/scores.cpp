@@ -1,5 +1,7 @@
 #include "scores.h"
 
+#include <cmath>
+
 #include "digits.h"
 #include "reduce.h"
 

@@ -4,6 +4,7 @@
 #include <functional>
 #include <stdexcept>
 
+#include "../core/bracket.h"
 #include "merge.h"
 
 namespace pm {
@@ -21,12 +22,6 @@ struct Search {
   int64_t rank, count;  // count: how many keys lie in the range
   int64_t larger = 0;   // undecided keys above the range: ranks passed over
   size_t answer = 0;    // where the result belongs
-};
-
-// The key found, and how the undecided lie around it.
-struct Placed {
-  Cut cut;  // exactly `rank` undecided entries reach it
-  int64_t rank = 0, larger = 0, equal = 0;
 };
 
 template <class Work>

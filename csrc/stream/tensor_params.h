@@ -1,8 +1,9 @@
 // From a rule to what the kernels take: parameter blocks, thresholds, the kernel itself.
 #pragma once
 #include <algorithm>
-#include <cmath>
 
+#include "../core/combine.h"
+#include "../core/trim.h"
 #include "group.h"
 
 namespace pm {
@@ -22,7 +23,7 @@ struct TensorParams {
     block.experts = int(weight.size());
     block.lambda = Work(rule.lambda);
     block.normalize = rule.normalize;
-    block.divisor = rule.base && std::fabs(total) < Work(1e-8) ? Work(1) : total;
+    block.divisor = combine_divisor(rule.base, total);
     block.t = Work(rule.t);
     block.votes = rule.votes;
     block.weight = weight.data(), block.scale = scale.data();

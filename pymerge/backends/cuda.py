@@ -19,7 +19,7 @@ from pymerge.backends.philox import tensor_key
 from pymerge.errors import BackendError
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim, check_rule
 
-TRIMS = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2}
+TRIMS = {Trim.NONE: 0, Trim.MAGNITUDE: 1, Trim.RANDOM: 2, Trim.OUTLIERS: 3}
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LINE = 256  # alignment of everything in the workspace
 
@@ -74,11 +74,13 @@ def load_kernels() -> ModuleType:
     """The compiled kernels; BackendError with what is missing where they were not built."""
     try:
         return import_module("pymerge._cuda")
-    except ImportError:
+    except ModuleNotFoundError:
         raise BackendError(
             "the cuda backend was not built: install the CUDA toolkit (nvcc) beside the card and reinstall"
             " pymerge-kernels"
         ) from None
+    except ImportError as error:
+        raise BackendError(f"the cuda backend was built, but cannot be loaded: {error}") from None
 
 
 def available() -> str | None:
@@ -151,7 +153,7 @@ def work_bytes(
     """Device memory that `merge_tensors` takes beside tensors of these sizes, if all have one type."""
     module, chosen = kernels or load_kernels(), knobs or Knobs()
     groups = [(list(sizes), False)]
-    if rule.scope is not Scope.MODEL and rule.trim is Trim.MAGNITUDE:
+    if rule.scope is not Scope.MODEL and rule.trim.by_magnitude:
         groups = [([size], False) for size in sizes if size > chosen.small]
         groups.append(([size for size in sizes if size <= chosen.small], True))
     requests = [_request(group, own, rule, chosen, module) for group, own in groups if group]
@@ -187,11 +189,11 @@ def _batches(jobs: Sequence[Job], rule: Rule, knobs: Knobs) -> list[Batch]:
     batches = []
     for dtype in KERNEL_DTYPES:
         alike = [job for job in jobs if job.out.dtype == dtype]
-        if rule.trim is Trim.MAGNITUDE:
+        if rule.trim.by_magnitude:
             batches += [Batch([job], own_cuts=False) for job in alike if job.count > knobs.small]
             alike = [job for job in alike if job.count <= knobs.small]
         if alike:
-            batches.append(Batch(alike, own_cuts=rule.trim is Trim.MAGNITUDE))
+            batches.append(Batch(alike, own_cuts=rule.trim.by_magnitude))
     return batches
 
 
@@ -258,4 +260,5 @@ def _rule(rule: Rule) -> dict[str, Any]:
         "lambda": rule.lambda_,
         "weights": list(rule.weights),
         "densities": list(rule.densities),
+        "gammas": list(rule.gammas),
     }

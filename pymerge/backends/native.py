@@ -83,6 +83,7 @@ class Threshold:
 class Report:
     """What a run did. `fallbacks`: groups that took the exact two-pass route.
 
+    `undecided` and `fallbacks` are None where a device has merged: it is not waited for to count them.
     `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was
     searched. `on_cpu`: tensors of floats that a backend on a device has left to this one.
     """
@@ -90,8 +91,8 @@ class Report:
     bytes_read: int
     bytes_written: int
     elements: int
-    undecided: int
-    fallbacks: int
+    undecided: int | None
+    fallbacks: int | None
     nan_outputs: int
     thresholds: tuple[tuple[Threshold, ...], ...]
     on_cpu: int = 0

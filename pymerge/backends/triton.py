@@ -3,7 +3,8 @@
 The way of tensors that are trimmed by magnitude, a wave of groups at a time: sample -> bracket -> stream
 (one pass over the inputs: results as if the undecided were trimmed, exact counts, marks) -> list, gather and
 select among the undecided -> fix_up. The counts prove, for each group, that its bracket held; groups where it
-did not go the exact way, which reads the inputs several times. So do those too small for a sample to pay.
+did not go the exact way, which reads the inputs several times. So do those too small for a sample to
+pay, and all where outliers are dropped.
 Nothing waits for the device before that verdict.
 """
 
@@ -25,19 +26,19 @@ from pymerge.backends.triton_memory import (
     SMALL,
     Extent,
     OnePass,
+    cuts_of,
     reserve,
 )
 from pymerge.backends.triton_search import (
     ALL_INDICES,
     EXACT,
-    KEEP_ALL,
-    KEEP_NONE,
     Rows,
-    Source,
     Workspace,
-    cuts_like,
+    exact_cuts,
+    fixed,
     sample_bracket,
     search,
+    small_cuts,
 )
 from pymerge.backends.triton_sums import Masses
 from pymerge.backends.triton_tables import (
@@ -52,7 +53,7 @@ from pymerge.backends.triton_tables import (
 )
 from pymerge.errors import BackendError
 from pymerge.kernels import map as kernels
-from pymerge.kernels import select, stats
+from pymerge.kernels import stats
 from pymerge.rule import Rule, Scope, ThresholdTies, Trim, check_rule
 
 MOST_EXPERTS = 64
@@ -135,15 +136,15 @@ class Merge:
         self.rule, self.settings = rule, settings
         self.experts = len(rule.weights)
         self.report = Report()
-        magnitude = rule.trim is Trim.MAGNITUDE and any(d < 1 for d in rule.densities)
-        self.trim = Trim.NONE if rule.trim is Trim.MAGNITUDE and not magnitude else rule.trim
+        searched_for = rule.trim.by_magnitude and any(d < 1 for d in rule.densities)
+        self.trim = Trim.NONE if rule.trim.by_magnitude and not searched_for else rule.trim
         if rule.scope is Scope.MODEL:
             members = sorted(members, key=lambda member: member.name)
         self.plain: list[Wave] = []
         self.small: list[Wave] = []
         self.exact: list[Wave] = []
         self.streamed: list[OnePass] = []
-        self._plan(members, magnitude)
+        self._plan(members, searched_for)
         searched = [*self.exact, *(one.wave for one in self.streamed)]
         self.workspace = Workspace(
             rows=max((one.rows for one in self.streamed), default=0),
@@ -160,14 +161,14 @@ class Merge:
         extents += [one.extent for one in self.streamed]
         # The verdicts and cuts of waves that missed live beside another wave's tables.
         reserve(
-            max(extent.passing(self.experts) for extent in extents)
-            + sum(8 * extent.groups * (2 * self.experts + 2) for extent in extents),
+            max(extent.passing(cuts_of(rule)) for extent in extents)
+            + sum(8 * extent.groups * (2 * cuts_of(rule) + 2) for extent in extents),
             members[0].out.device,
         )
 
-    def _plan(self, members: list[Member], magnitude: bool) -> None:
+    def _plan(self, members: list[Member], searched_for: bool) -> None:
         rule = self.rule
-        if not magnitude:
+        if not searched_for:
             self.plain.append(self._wave(members, np.arange(len(members))))
             return
         if rule.scope is Scope.MODEL:
@@ -189,7 +190,7 @@ class Merge:
         return Wave(members, groups, self.rule, self.settings.block or BLOCK)
 
     def _search(self, wave: Wave, size: int) -> None:
-        if size >= self.settings.one_pass_from:
+        if self.trim is Trim.MAGNITUDE and size >= self.settings.one_pass_from:
             self.streamed.append(OnePass(wave, self.settings.sigmas, self.settings.capacity))
         else:
             self.exact.append(wave)
@@ -200,59 +201,23 @@ class Merge:
         for one in self.streamed:
             self._stream(one)
         for wave in self.small:
-            self._finish(wave, self._small_cuts(wave))
+            self._finish(wave, small_cuts(wave))
         for wave in self.exact:
-            self._finish(wave, self._exact_cuts(wave))
+            self._finish(wave, exact_cuts(wave, self.workspace))
         for one in self.streamed:
             assert one.bad is not None
             bad = np.flatnonzero(one.bad.cpu().numpy())
             self.report.streamed += len(one.wave.group_sizes)
             self.report.missed += len(bad)
             if len(bad):
-                self._finish(one.wave, self._exact_cuts(one.wave, bad), bad)
+                self._finish(one.wave, exact_cuts(one.wave, self.workspace, bad), bad)
         return self.report
-
-    # -- cuts -----------------------------------------------------------------------------------------------
-
-    def _fixed(self, wave: Wave, cuts: Tensor) -> Tensor:
-        """The cuts, with those of experts that keep everything or nothing put in."""
-        ranks = wave.send(wave.kept())[..., None]
-        cuts = torch.where(ranks < 0, cuts_like(KEEP_ALL, ranks[..., 0]), cuts)
-        return torch.where(ranks == 0, cuts_like(KEEP_NONE, ranks[..., 0]), cuts).contiguous()
-
-    def _small_cuts(self, wave: Wave) -> Tensor:
-        ranks = wave.send(wave.kept())
-        cuts = torch.zeros(*ranks.shape, 2, dtype=torch.int64, device=wave.device)
-        block = 1 << max(int(wave.sizes.max()) - 1, 255).bit_length()
-        for kind in wave.kinds_used:
-            numbers = np.array([i for i, m in enumerate(wave.members) if KINDS[m.experts[0].dtype] == kind])
-            select.select_small[(len(numbers) * self.experts,)](
-                wave.send(numbers),
-                wave.addresses_on,
-                wave.sizes_on,
-                ranks,
-                cuts,
-                K=self.experts,
-                IN=TYPES[kind][1],
-                BLOCK=block,
-                num_warps=16 if block > 4096 else 4,
-                **EXACT,
-            )
-        if self.rule.threshold_ties is ThresholdTies.ALL:
-            cuts[..., 1] = ALL_INDICES
-        return self._fixed(wave, cuts)
-
-    def _exact_cuts(self, wave: Wave, wanted: Integers | None = None) -> Tensor:
-        ranks = wave.send(wave.kept())
-        source = Source.inputs(wave, wanted)
-        found = search(source, ranks.clamp(min=1), self.rule.threshold_ties, self.workspace)
-        return self._fixed(wave, found.cuts)
 
     # -- the one pass ---------------------------------------------------------------------------------------
 
     def _stream(self, one: OnePass) -> None:
         wave, settings, ties = one.wave, self.settings, self.rule.threshold_ties
-        ranks = wave.send(wave.kept())
+        ranks = wave.send(wave.ranks()[0])
         sample = Rows(wave, one.samples, self.workspace)
         low, high = sample_bracket(
             wave, sample, ranks, settings.sigmas, settings.bracket_bias, self.workspace
@@ -282,7 +247,7 @@ class Merge:
         cuts, bad = self._judge(undecided, ranks, totals, low, high)
         overflow = totals[:, 2 * self.experts] > wave.send(one.room)
         one.bad = bad | overflow
-        cuts = self._fixed(wave, cuts)
+        cuts = fixed(ranks, cuts)
         if self.masses:
             self._finish(wave, cuts)
         else:

@@ -42,6 +42,11 @@ def room_for(group_sizes: Integers, experts: int, sigmas: float, capacity: int |
     return np.asarray((room + 15) // 16 * 16, np.int64)
 
 
+def cuts_of(rule: Rule) -> int:
+    """How many cuts a group has: one for each expert, or two where outliers are dropped."""
+    return len(rule.weights) * (2 if rule.trim is Trim.OUTLIERS else 1)
+
+
 @dataclass(frozen=True)
 class Extent:
     """How large a wave is: tensors, groups and pieces; rows are those gathered at once, samples included."""
@@ -60,12 +65,12 @@ class Extent:
         """Bytes of the tables that a wave keeps."""
         return WORD * (self.tensors * (2 * experts + 12) + 8 * self.pieces + self.groups) + ROUNDING
 
-    def passing(self, experts: int) -> int:
-        """Bytes, at most, of the tables that are made while a wave is merged."""
+    def passing(self, cuts: int) -> int:
+        """Bytes, at most, of the tables that are made while a wave is merged by so many cuts."""
         listed = -(-self.rows // BLOCK) + 2 * self.groups
-        pieces = self.pieces * (7 * experts + 8) + listed * (5 * experts + 16)
+        pieces = self.pieces * (7 * cuts + 8) + listed * (5 * cuts + 16)
         samples = self.samples + 10 * (self.samples // CLUSTER) + 4 * self.samples
-        few = (self.groups + self.tensors) * (40 * experts + 24)
+        few = (self.groups + self.tensors) * (40 * cuts + 24)
         return WORD * (pieces + samples + few) + ROUNDING
 
 
@@ -103,9 +108,9 @@ def work_bytes(sizes: Sequence[int], rule: Rule) -> int:
     if rule.scope is Scope.MODEL:
         groups = every.sum(keepdims=True)
     rows = samples = searches = marks = 0
-    if rule.trim is Trim.MAGNITUDE and any(density < 1 for density in rule.densities):
+    if rule.trim.by_magnitude and any(density < 1 for density in rule.densities):
         searched = groups[groups > SMALL] if rule.scope is Scope.TENSOR else groups
-        streamed = searched[searched >= ONE_PASS_FROM]
+        streamed = searched[searched >= ONE_PASS_FROM] if rule.trim is Trim.MAGNITUDE else searched[:0]
         most = max(1, MOST_SEARCHES // experts)
         searches = min(len(searched), most) * experts
         for at in range(0, len(streamed), most):
@@ -115,4 +120,4 @@ def work_bytes(sizes: Sequence[int], rule: Rule) -> int:
             samples, marks = max(samples, sampled), max(marks, int(wave.sum()) // 8 + pieces * BLOCK // 8)
     extent = Extent(len(sizes), len(groups), pieces, rows, samples)
     gathered = rows * (4 * (experts + 1) + 12) + marks + WORD * BINS * searches
-    return total + gathered + extent.lasting(experts) + extent.passing(experts)
+    return total + gathered + extent.lasting(experts) + extent.passing(cuts_of(rule))

@@ -196,6 +196,53 @@ def search(
     return Found(torch.stack([prefixes, indices], -1), totals)
 
 
+# -- the cuts of whole waves --------------------------------------------------------------------------------
+
+
+def fixed(ranks: Tensor, cuts: Tensor) -> Tensor:
+    """The cuts, with those of experts that keep everything or nothing put in."""
+    cuts = torch.where((ranks < 0)[..., None], cuts_like(KEEP_ALL, ranks), cuts)
+    return torch.where((ranks == 0)[..., None], cuts_like(KEEP_NONE, ranks), cuts).contiguous()
+
+
+def exact_cuts(wave: Wave, workspace: Workspace, wanted: Integers | None = None) -> Tensor:
+    """The cuts of every group, (G, K, 2), or of the `wanted`; with outliers (G, 2K, 2), theirs last."""
+    source, ties = Source.inputs(wave, wanted), wave.rule.threshold_ties
+    found = []
+    for table in wave.ranks():
+        ranks = wave.send(table)
+        found.append(fixed(ranks, search(source, ranks.clamp(min=1), ties, workspace).cuts))
+    return torch.cat(found, 1)
+
+
+def small_cuts(wave: Wave) -> Tensor:
+    """The same where each group is a tensor that one program holds in its registers."""
+    found = [fixed(ranks, _select_small(wave, ranks)) for ranks in map(wave.send, wave.ranks())]
+    return torch.cat(found, 1)
+
+
+def _select_small(wave: Wave, ranks: Tensor) -> Tensor:
+    cuts = torch.zeros(*ranks.shape, 2, dtype=torch.int64, device=wave.device)
+    block = 1 << max(int(wave.sizes.max()) - 1, 255).bit_length()
+    for kind in wave.kinds_used:
+        numbers = np.array([i for i, m in enumerate(wave.members) if KINDS[m.experts[0].dtype] == kind])
+        select.select_small[(len(numbers) * wave.experts,)](
+            wave.send(numbers),
+            wave.addresses_on,
+            wave.sizes_on,
+            ranks,
+            cuts,
+            K=wave.experts,
+            IN=TYPES[kind][1],
+            BLOCK=block,
+            num_warps=16 if block > 4096 else 4,
+            **EXACT,
+        )
+    if wave.rule.threshold_ties is ThresholdTies.ALL:
+        cuts[..., 1] = ALL_INDICES
+    return cuts
+
+
 # -- the bracket --------------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ class Masses:
                     self.lanes,
                     K=wave.experts,
                     IN=TYPES[kind][1],
-                    TRIM_BY_CUT=self.trim is Trim.MAGNITUDE,
+                    TRIM=list(Trim).index(self.trim),
                     ROWS=sums.REDUCTION_BLOCK // sums.REDUCTION_LANES,
                     WIDE=WIDE,
                     **EXACT,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pymerge.backends.philox import keep_below, tensor_key
 from pymerge.errors import BackendError
-from pymerge.rule import Rule
+from pymerge.rule import Rule, Trim
 
 # The element types that kernels know; a kind is a place in this list.
 TYPES = ((torch.bfloat16, tl.bfloat16), (torch.float16, tl.float16), (torch.float32, tl.float32))
@@ -198,10 +198,21 @@ class Wave:
         """The scales, (T, K), where kernels read them."""
         return self.numbers_on[self.experts + 2 :].view(len(self.members), self.experts)
 
-    def kept(self) -> Integers:
-        """How many entries each group keeps of each expert, (G, K); -1: all, no trim."""
-        n = self.group_sizes[:, None].astype(np.float64)
-        densities = np.array(self.rule.densities, np.float64)[None, :]
-        kept = np.maximum((densities * n).astype(np.int64), 1)
-        kept = np.where((densities <= 0) | (n == 0), 0, kept)
-        return np.where(densities >= 1, -1, kept)
+    def ranks(self) -> list[Integers]:
+        """How many entries of each group reach each expert's threshold, (G, K); -1: all, no trim.
+
+        Where outliers are dropped, a second table says how many of these they are.
+        """
+        rule = self.rule
+        size = self.group_sizes[:, None]
+        n = size.astype(np.float64)
+        densities = np.array(rule.densities, np.float64)[None, :]
+        kept, whole = (densities * n).astype(np.int64), densities >= 1
+        if rule.trim is not Trim.OUTLIERS:
+            kept = np.where((densities <= 0) | (n == 0), 0, np.maximum(kept, 1))
+            return [np.where(whole, -1, kept)]
+        outliers, spare = (np.array(rule.gammas)[None, :] * n).astype(np.int64), size - kept
+        none = (densities <= 0) | (kept == 0)
+        reached = np.where(none, 0, np.where(outliers < spare, outliers + kept, -1))
+        dropped = np.where(none | whole, 0, np.minimum(outliers, spare))
+        return [np.where(whole, -1, reached), dropped]

@@ -43,7 +43,12 @@ def records_of(manifest: dict[str, Any]) -> dict[str, Record]:
 
 
 def is_record(value: object) -> bool:
-    """Whether `value` is the record of a finished file: sha256 as text, sizes and counts as whole numbers."""
+    """Whether `value` is the record of a finished file: sha256 as text, the others whole numbers.
+
+    Counts may be null: of what a device has merged not everything is counted.
+    """
     if not isinstance(value, dict) or not value.keys() >= {"size", "sha256"}:
         return False
-    return all(isinstance(v, str) if key == "sha256" else type(v) is int for key, v in value.items())
+    counts = (v for key, v in value.items() if key not in ("sha256", "size"))
+    sound = isinstance(value["sha256"], str) and type(value["size"]) is int
+    return sound and all(count is None or type(count) is int for count in counts)

@@ -288,6 +288,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _refuse_difference(folder: Path, found: Any, plan: Mapping[str, Any]) -> None:
     lines = list(_differences("", found, plan))
+    if lines and all(line.startswith("outputs.") for line in lines):
+        count = len(found["outputs"]), len(plan["outputs"])  # all the same but for how it is divided
+        lines = [f"by --max-shard-size the output was {count[0]:,} files, now {count[1]:,}"]
     if lines:
         more = [f"and {len(lines) - _DIFFERENCES_SHOWN} more"] if len(lines) > _DIFFERENCES_SHOWN else []
         raise OutputError(

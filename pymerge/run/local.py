@@ -97,7 +97,7 @@ class _Runner:
         self.bytes_read = 0
         self.bytes_written = 0
         self.resumed = 0
-        self.counts = dict.fromkeys(COUNTS, 0)
+        self.counts: dict[str, int | None] = dict.fromkeys(COUNTS, 0)
 
     def merge_shards(self) -> None:
         """Scope tensor: one run for each output shard; the shard before is flushed and hashed meanwhile."""
@@ -157,8 +157,8 @@ class _Runner:
             peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             undecided=self.counts["undecided"],
             fallbacks=self.counts["fallbacks"],
-            nan_outputs=self.counts["nan_outputs"],
-            on_cpu=self.counts["on_cpu"],
+            nan_outputs=self.counts["nan_outputs"] or 0,
+            on_cpu=self.counts["on_cpu"] or 0,
             notes=plan.notes,
         )
 
@@ -201,7 +201,8 @@ class _Runner:
 
     def _count(self, record: Mapping[str, Any]) -> None:
         for name in COUNTS:
-            self.counts[name] += int(record.get(name, 0))
+            so_far, more = self.counts[name], record.get(name, 0)
+            self.counts[name] = None if so_far is None or more is None else so_far + int(more)
 
     def _skip(self, number: int) -> None:
         self.resumed += 1

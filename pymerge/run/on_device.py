@@ -9,12 +9,12 @@ from typing import TypeAlias
 from pymerge.backends.native import NativeRun, OpenFile, Report, Settings, available_cores
 from pymerge.errors import BackendError, Cancelled, PymergeError
 from pymerge.job import TensorJob
+from pymerge.plan_memory import pinned_bytes
 from pymerge.rule import Scope
 from pymerge.run.device import Device, TorchDevice
 from pymerge.run.ring import Buffers, Merge, Ring, Stopped
 from pymerge.run.units import UNIT_BYTES, Division, WorkBytes, divide
 
-PINNED_BYTES = 64 << 20
 LEAST_BUFFER = 64 << 10
 LARGEST_BUFFER = 8 << 20
 MOST_READERS = 6  # copying out of the page cache keeps a core busy at a quarter of what PCIe moves
@@ -46,7 +46,7 @@ def kernels_of(backend: str) -> Kernels:
 def buffers_for(max_memory: int | None, threads: int) -> Buffers:
     """Pinned buffers within `max_memory` bytes (None: the default), one for each reader and two to write."""
     count = min(MOST_READERS, max(2, threads))
-    room = PINNED_BYTES if max_memory is None else min(PINNED_BYTES, max_memory)
+    room = pinned_bytes(max_memory)
     size = min(LARGEST_BUFFER, room // (count + 2)) // 4096 * 4096
     if size < LEAST_BUFFER:
         least = LEAST_BUFFER * (count + 2)
@@ -103,6 +103,8 @@ class DeviceRun:
             bytes_read=report.bytes_read + self._ring.bytes_read,
             bytes_written=report.bytes_written + sum(job.count * job.out.dtype.itemsize for job in merged),
             elements=report.elements + sum(job.count for job in merged),
+            undecided=None if merged else report.undecided,
+            fallbacks=None if merged else report.fallbacks,
             nan_outputs=report.nan_outputs + nan,
             thresholds=(),
             on_cpu=sum(job.rule is not None and job.count > 0 for job in left),

@@ -21,7 +21,8 @@ class Summary:
 
     `peak_memory`: the largest resident set of this process so far, in bytes. `undecided`: elements that were
     written twice because their threshold was not yet known. `fallbacks`: groups that took the exact
-    two-pass route. `shards_resumed`: shards taken over from an interrupted run, which were not read again.
+    two-pass route; both are None where a device has merged, which does not count them.
+    `shards_resumed`: shards taken over from an interrupted run, which were not read again.
     `on_cpu`: tensors of floats that a backend on a device has left to the CPU.
     """
 
@@ -37,15 +38,17 @@ class Summary:
     bytes_written: int
     seconds: float
     peak_memory: int
-    undecided: int
-    fallbacks: int
+    undecided: int | None
+    fallbacks: int | None
     nan_outputs: int
     on_cpu: int = 0
     notes: tuple[str, ...] = ()
 
     @property
-    def undecided_share(self) -> float:
-        """Undecided elements as a share of all."""
+    def undecided_share(self) -> float | None:
+        """Undecided elements as a share of all; None where they were not counted."""
+        if self.undecided is None:
+            return None
         return self.undecided / self.elements if self.elements else 0.0
 
     def describe(self) -> str:
@@ -61,8 +64,8 @@ class Summary:
             lines.append(f"resumed: {self.shards_resumed:,} of {self.shards:,} files were finished already")
         if self.on_cpu:
             lines.append(
-                f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64"
-                " or too large for the device's memory"
+                f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64, merged by a method"
+                " without kernels for GPUs, or too large for the device's memory"
             )
         if self.nan_outputs:
             lines.append(f"warning: {self.nan_outputs:,} elements of the result are NaN")
