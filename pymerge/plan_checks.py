@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from pymerge.checkpoint.header import TensorEntry
@@ -12,6 +13,7 @@ from pymerge.checkpoint.index import Checkpoint, TensorRef
 from pymerge.checkpoint.sidefiles import read_config
 from pymerge.dtypes import DType
 from pymerge.errors import CheckpointError
+from pymerge.job import Region, Source
 from pymerge.text import shown
 
 # A broken model may break every tensor; so many are named, the rest counted.
@@ -19,16 +21,30 @@ NAMED = 3
 
 
 class Input(NamedTuple):
-    """One checkpoint of a plan; `first_file` is the file number of its first shard."""
+    """One checkpoint of a plan; `first_file` is the file number of its first shard.
+
+    `made`: the tensors that its files do not hold as they are, whose entries then give type and shape only.
+    """
 
     checkpoint: Checkpoint
     is_base: bool
     first_file: int
+    made: Mapping[str, Source] = MappingProxyType({})
 
     @property
     def label(self) -> str:
         """How messages call it."""
         return f"{'base' if self.is_base else 'expert'} {self.checkpoint.path}"
+
+    def source(self, name: str) -> Source:
+        """Where the elements of a tensor come from."""
+        return self.made.get(name) or region_of(self.checkpoint, self.first_file, name)
+
+
+def region_of(checkpoint: Checkpoint, first_file: int, name: str) -> Region:
+    """Where a tensor lies, given the number of the checkpoint's first file."""
+    ref = checkpoint.tensors[name]
+    return Region(ref.entry.dtype, ref.entry.begin, first_file + ref.shard)
 
 
 def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:

@@ -328,21 +328,17 @@ def _jobs(
         origin.name: (origin, rule) for origin, rule in zip(found.outline.origins, found.rules, strict=True)
     }
 
-    def region(source: Input, name: str) -> Region:
-        ref = source.checkpoint.tensors[name]
-        return Region(ref.entry.dtype, ref.entry.begin, source.first_file + ref.shard)
-
     def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
         origin, rule = known[output.name]
         sources = found.members[origin.part]
-        regions = tuple([region(source, name) for source, name in zip(sources, origin.inputs, strict=True)])
+        given = tuple([source.source(name) for source, name in zip(sources, origin.inputs, strict=True)])
         has_base = found.parts[origin.part].base is not None
         entry = sources[0].checkpoint.tensors[origin.inputs[0]].entry
         return TensorJob(
             name=output.name,
             count=entry.count,
-            base=regions[0] if has_base else None,
-            experts=regions[1:] if has_base else regions,
+            base=given[0] if has_base else None,
+            experts=given[1:] if has_base else given,
             out=Region(output.dtype, layout.offsets[output.name], files + number),
             rule=rule if origin.merges else None,
             cast=cast if origin.merges else None,
@@ -359,7 +355,5 @@ def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
     """Bytes that these jobs read."""
     total = 0
     for job in jobs:
-        width = sum(region.dtype.itemsize for region in job.experts)
-        width += job.base.dtype.itemsize if job.base else 0
-        total += job.count * width * job.reads
+        total += job.count * sum(source.dtype.itemsize for source in job.inputs) * job.reads
     return total

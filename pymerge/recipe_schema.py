@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, SchemaValidator, ValidationError, core_s
 
 from pymerge.dtypes import DType
 from pymerge.parameters import Parameter, Preset
+from pymerge.recipe_tokenizer import TOKENIZER, TOKENIZER_TAGS, TokenizerData, known_keys
 from pymerge.recipe_values import (
     CASE_KEYS,
     FLAG,
@@ -38,7 +39,7 @@ from pymerge.recipe_values import (
 from pymerge.rule import Scope, ThresholdTies
 
 # Keys of mergekit's grammar that this version refuses by name.
-UNSUPPORTED_KEYS = ("tokenizer", "tokenizer_source", "chat_template", "name")
+UNSUPPORTED_KEYS = ("name",)
 UNSUPPORTED_PARAMETERS = ("epsilon", "select_topk")
 # Exactly one of them says what is merged.
 STACKS = ("models", "slices", "modules")
@@ -79,6 +80,9 @@ class RecipeData(ModuleData):
     out_dtype: DType | None
     preset: Preset
     seed: int
+    tokenizer: TokenizerData | None
+    tokenizer_source: Reference | None
+    chat_template: str | None
 
 
 def _given(values: dict[str, Parameter | None]) -> dict[str, Parameter]:
@@ -131,6 +135,9 @@ RECIPE = {
     "parameters": _parameters(TOP_PARAMETERS),
     "preset": otherwise(Preset.MERGEKIT, member(Preset)),
     "seed": otherwise(0, SEED),
+    "tokenizer": optional(TOKENIZER),
+    "tokenizer_source": optional(REFERENCE),
+    "chat_template": optional(TEXT),
 }
 
 
@@ -169,6 +176,8 @@ def _whole(data: RecipeData, problems: list[str]) -> RecipeData | None:
     """The recipe if it says in exactly one way what is merged; else the problem is added."""
     before = len(problems)
     _check_stack(data, "", STACKS, problems)
+    if data["tokenizer"] is not None and data["tokenizer_source"] is not None:
+        problems.append("tokenizer and tokenizer_source exclude each other; give one")
     modules = data["modules"] or {}
     for name, module in modules.items():
         _check_stack(module, f"modules.{name}.", STACKS[:2], problems)
@@ -244,7 +253,7 @@ def _without_null_parameters(data: dict[Hashable, Any]) -> dict[Hashable, Any]:
 
 def _location(detail: ErrorDetails) -> tuple[int | str, ...]:
     """Where it is, without the tags of pydantic_core."""
-    return tuple(part for part in detail["loc"] if part not in TAGS)
+    return tuple(part for part in detail["loc"] if part not in (*TAGS, *TOKENIZER_TAGS))
 
 
 def _kind(value: object) -> str:
@@ -300,6 +309,8 @@ def _place(loc: tuple[int | str, ...]) -> str:
 def _known_keys(parents: tuple[int | str, ...]) -> Mapping[str, Key] | tuple[str, ...]:
     """The keys of the mapping that lies under `parents`."""
     names = [part for part in parents if isinstance(part, str)]
+    if names[:1] == ["tokenizer"]:
+        return known_keys(names)
     if "parameters" in names:
         if names[-1] != "parameters":
             return CASE_KEYS
