@@ -24,12 +24,19 @@ class Input(NamedTuple):
     """One checkpoint of a plan; `first_file` is the file number of its first shard.
 
     `made`: the tensors that its files do not hold as they are, whose entries then give type and shape only.
+    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path.
     """
 
     checkpoint: Checkpoint
     is_base: bool
     first_file: int
     made: Mapping[str, Source] = MappingProxyType({})
+    model: Path | None = None
+
+    @property
+    def home(self) -> Path:
+        """The model's folder, or the file in it."""
+        return self.model or self.checkpoint.path
 
     @property
     def label(self) -> str:
@@ -51,7 +58,7 @@ def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
     """Refuse quantized checkpoints: their numbers mean nothing without their scales."""
     for source in inputs:
         try:
-            config = read_config(source.checkpoint.path)
+            config = read_config(source.home)
         except CheckpointError as error:
             problems.append(str(error))
             continue

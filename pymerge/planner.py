@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pymerge.checkpoint.index import Shard, open_checkpoint
+from pymerge.checkpoint.index import Shard
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
-from pymerge.checkpoint.sidefiles import CONFIG_NAME, collect, states_layers
+from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
@@ -28,10 +27,12 @@ from pymerge.plan_checks import (
     check_working_types,
     free_bytes,
 )
+from pymerge.plan_inputs import open_inputs
 from pymerge.plan_rule import Part, donor_path, identity, parts_of, rules_of
-from pymerge.plan_side import side_files
+from pymerge.plan_side import carried, side_files
 from pymerge.plan_stack import Outline, stacked, whole
 from pymerge.plan_text import describe_parts, notes_of, uses_gradients
+from pymerge.plan_vocabulary import Vocabulary, remap
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
 from pymerge.version import NUMERICS_VERSION, VERSION
@@ -50,7 +51,8 @@ class Plan:
     `rules`: those of the jobs, without repetition.
     `shards`: all input files by number; output file i has the number `len(shards) + i` in the jobs' regions.
     `side_files`: what lies beside the weights (configuration and tokenizer of the base, recipe, index).
-    `notes`: what the recipe gives and the method does not use, one sentence each.
+    `notes`: what the recipe gives and the method does not use, one sentence each. `vocabulary`: the output's,
+    where the recipe asks for one.
     """
 
     recipe: Recipe
@@ -68,6 +70,7 @@ class Plan:
     bytes_read: int
     bytes_written: int
     notes: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
 
     @property
     def scope(self) -> Scope:
@@ -115,6 +118,7 @@ class Plan:
                 str(shard.path): [shard.header.digest, shard.header.file_size, shard.header.mtime_ns]
                 for shard in self.shards
             },
+            "vocabulary": self.vocabulary.digest if self.vocabulary else None,
             "outputs": {layout.file_name: layout.size for layout in self.layouts},
         }
 
@@ -124,6 +128,7 @@ class Plan:
         said = [numbers_of(self.method, self.rules[0])] if len(self.rules) == 1 else []
         lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
         lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
+        lines += self.vocabulary.lines if self.vocabulary else ()
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
@@ -196,6 +201,7 @@ class _Found(NamedTuple):
     rules: list[Rule]
     side_files: dict[str, bytes]
     notes: list[str]
+    vocabulary: Vocabulary | None
 
 
 def _examine(
@@ -206,14 +212,17 @@ def _examine(
     # A draft without a method says so itself.
     method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
     parts = parts_of(recipe, method, problems, notes)
-    inputs = _open_inputs(parts, missing, problems)
+    inputs = open_inputs(parts, missing, recipe.adapted, problems, notes)
     check_configs(list(inputs.values()), problems)
+    donor = donor_path(recipe)
+    vocabulary = None
+    if not problems:
+        inputs, vocabulary = remap(recipe, inputs, donor, problems)
     members, outline = _outline(recipe, parts, inputs, problems, notes)
     rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
     if rules and rules[0].scope is Scope.MODEL:
         check_working_types(members[0], recipe.dtype, problems)
-    donor = donor_path(recipe)
-    side_files = {} if donor in missing else _collect(problems, lambda: collect(donor))
+    side_files = {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary))
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
     if method is None or rules is None or side_files is None:
@@ -222,7 +231,9 @@ def _examine(
     config = side_files.get(CONFIG_NAME)
     if outline.layers and config is not None and not states_layers(config):
         notes.append(f"config.json states no number of layers; the output has {len(outline.layers)}")
-    return _Found(method, parts, list(inputs.values()), members, outline, rules, side_files, notes)
+    return _Found(
+        method, parts, list(inputs.values()), members, outline, rules, side_files, notes, vocabulary
+    )
 
 
 def _outline(
@@ -271,6 +282,7 @@ def _laid_out(
         bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
         notes=tuple(dict.fromkeys(found.notes)),
+        vocabulary=found.vocabulary,
     )
 
 
@@ -283,24 +295,6 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
     except PymergeError as error:
         problems.append(str(error))
     return None
-
-
-def _open_inputs(parts: Sequence[Part], missing: Collection[Path], problems: list[str]) -> dict[str, Input]:
-    """The readable inputs: bases first, then the experts."""
-    bases = [part.base.path for part in parts if part.base]
-    experts = [entry.path for part in parts for entry in part.experts]
-    merged = set(map(identity, experts))
-    inputs: dict[str, Input] = {}
-    first = 0
-    for path in [*bases, *experts]:
-        key = identity(path)
-        if path in missing or key in inputs:
-            continue
-        checkpoint = _collect(problems, partial(open_checkpoint, path))
-        if checkpoint is not None:
-            inputs[key] = Input(checkpoint, key not in merged, first)
-            first += len(checkpoint.shards)
-    return inputs
 
 
 def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:

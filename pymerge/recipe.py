@@ -50,8 +50,8 @@ class Slice:
 class Recipe:
     """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim.
 
-    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if there is
-    one. `notes`: what has no effect, one sentence each. `adapted`: what those paths stand for that are a model
+    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if any.
+    `notes`: what has no effect, one sentence each. `adapted`: what those paths stand for that are a model
     with a LoRA. `tokenizer`: None: the base's, and vocabularies must be equal. `chat_template`: as given.
     Made by `load_recipe` or `parse_recipe`.
     """
@@ -78,11 +78,18 @@ class Recipe:
         return self.slices or (Slice(self.models, self.base, {}),)
 
     @property
-    def paths(self) -> list[Path]:
-        """Every model that the recipe names."""
+    def merged(self) -> list[Path]:
+        """Every model that takes part, bases first."""
         bases = [self.base, *(part.base for part in self.slices)]
         entries = [entry for part in self.stack for entry in part.sources]
-        named = dict.fromkeys([*filter(None, bases), *(entry.path for entry in entries)])
+        return list(dict.fromkeys([*filter(None, bases), *(entry.path for entry in entries)]))
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every folder or file that the recipe names."""
+        named = [*self.merged]
+        if self.tokenizer is not None and self.tokenizer.source is not None:
+            named.append(self.tokenizer.source)
         return list(dict.fromkeys(path for name in named for path in self.adapted.get(name, (name,))))
 
     def scopes(self, part: Slice, entry: ModelEntry | None = None) -> tuple[Mapping[str, Parameter], ...]:

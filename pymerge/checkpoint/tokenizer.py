@@ -38,12 +38,16 @@ _MOST_TOKENS = 10_000_000
 
 
 class Tokenizer(NamedTuple):
-    """`ids`: the row of each token; `added`: the entries of `added_tokens` by token; `data`: tokenizer.json."""
+    """`ids`: the row of each token; `added`: the entries of `added_tokens` by token; `data`: tokenizer.json.
+
+    `fresh`: the tokens among them that are not in the file.
+    """
 
     path: Path
     ids: Mapping[str, int]
     added: Mapping[str, Mapping[str, Any]]
     data: Mapping[str, Any]
+    fresh: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -89,9 +93,7 @@ def _tokens(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, dict[
     return ids, added
 
 
-def with_tokens(
-    tokenizer: Tokenizer, others: Sequence[Tokenizer], more: Sequence[str] = ()
-) -> Tokenizer:
+def with_tokens(tokenizer: Tokenizer, others: Sequence[Tokenizer], more: Sequence[str] = ()) -> Tokenizer:
     """`tokenizer` and, after its own, the tokens that only `others` have, then those of `more`.
 
     In the order of the others and of their ids, those of their vocabularies before those that were added to
@@ -116,6 +118,7 @@ def with_tokens(
         {**tokenizer.ids, **{token: entry["id"] for token, entry in entries.items()}},
         {**tokenizer.added, **entries},
         {**tokenizer.data, "added_tokens": [*(tokenizer.data.get("added_tokens") or []), *entries.values()]},
+        tuple(entries),
     )
 
 
@@ -127,8 +130,7 @@ def _entry(token: str, number: int, known: Mapping[str, Any]) -> dict[str, Any]:
 def tokenizer_files(tokenizer: Tokenizer, carried: Mapping[str, bytes]) -> dict[str, bytes]:
     """The files of a tokenizer that was read and perhaps extended; `carried`: those that lie beside it."""
     files = {name: carried[name] for name in TOKENIZER_FILES if name in carried}
-    own = _tokens(tokenizer.data)[0] if TOKENIZER_NAME not in files else read_tokenizer(tokenizer.path).ids
-    if len(own) == len(tokenizer.ids):
+    if not tokenizer.fresh:
         return files
     files = {name: data for name, data in files.items() if name not in OTHER_FORMS}
     files[TOKENIZER_NAME] = _json(tokenizer.data)
@@ -136,7 +138,7 @@ def tokenizer_files(tokenizer: Tokenizer, carried: Mapping[str, bytes]) -> dict[
         config = json_object(files[CONFIG_NAME])
         # transformers reads added tokens there before those of tokenizer.json.
         if isinstance(decoder := config.get("added_tokens_decoder"), dict):
-            new = [entry for token, entry in tokenizer.added.items() if token not in own]
+            new = [tokenizer.added[token] for token in tokenizer.fresh]
             decoder |= {str(e["id"]): {k: v for k, v in e.items() if k != "id"} for e in new}
             files[CONFIG_NAME] = _json(config)
     return files
