@@ -86,6 +86,27 @@ def regions_of(source: Source) -> Iterator[Region]:
             yield from regions_of(part)
 
 
+def bytes_of(source: Source, count: int) -> int:
+    """Bytes that reading the `count` elements of a source takes, of files and of memory."""
+    if isinstance(source, Region):
+        return count * source.dtype.itemsize
+    if isinstance(source, Product):
+        left, right = source.left.dtype.itemsize * source.rows, source.right.dtype.itemsize * source.width
+        return count * source.dtype.itemsize + source.rank * (left + right)
+    return _bytes_of_rows(source, count // source.width)
+
+
+def _bytes_of_rows(rows: Rows, height: int) -> int:
+    table, total, term = rows.table, 0, 0
+    for at in range(0, len(table.runs), 2):
+        first, terms = table.runs[at : at + 2]
+        length = (table.runs[at + 2] if at + 2 < len(table.runs) else height) - first
+        for _ in range(max(terms, 0)):
+            total += length * rows.width * rows.sources[table.terms[2 * term]].dtype.itemsize
+            term += 1
+    return 2 * total if table.runs[-1] == MEAN_OF_ALL else total
+
+
 @dataclass(frozen=True, slots=True)
 class TensorJob:
     """One output tensor of `count` elements.

@@ -50,8 +50,8 @@ class _Pair:
 def open_adapted(both: Adapted, first_file: int) -> tuple[Checkpoint, dict[str, Source]]:
     """The model with its LoRA as one checkpoint, and the tensors made of both.
 
-    Tensors that the LoRA keeps whole (modules_to_save) stand in place of the model's. `first_file`: the number
-    of the model's first file. Raises CheckpointError or ProblemList.
+    Tensors that the LoRA keeps whole (modules_to_save) stand in place of the model's. `first_file`: the
+    number of the model's first file. Raises CheckpointError or ProblemList.
     """
     model = open_checkpoint(both.model)
     config = _read_config(both.lora)

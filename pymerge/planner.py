@@ -17,7 +17,7 @@ from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
-from pymerge.job import Region, TensorJob, row_of
+from pymerge.job import Region, TensorJob, bytes_of, row_of
 from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
     Input,
@@ -349,5 +349,5 @@ def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
     """Bytes that these jobs read."""
     total = 0
     for job in jobs:
-        total += job.count * sum(source.dtype.itemsize for source in job.inputs) * job.reads
+        total += sum(bytes_of(source, job.count) for source in job.inputs) * job.reads
     return total

@@ -61,8 +61,8 @@ class Summary:
             lines.append(f"resumed: {self.shards_resumed:,} of {self.shards:,} files were finished already")
         if self.on_cpu:
             lines.append(
-                f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64"
-                " or too large for the device's memory"
+                f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64, put together from"
+                " several places, or too large for the device's memory"
             )
         if self.nan_outputs:
             lines.append(f"warning: {self.nan_outputs:,} elements of the result are NaN")
