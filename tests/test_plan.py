@@ -55,7 +55,8 @@ def test_every_region_holds_the_tensor_s_own_bytes(family: Path) -> None:
     paths = [family / "base", family / "one", family / "two"]
     for job in jobs:
         assert job.base is not None
-        for folder, region in zip(paths, [job.base, *job.experts], strict=True):
+        for folder, region in zip(paths, job.inputs, strict=True):
+            assert isinstance(region, Region)
             path = plan.shards[region.file].path
             entry = read_header(path).tensors[job.name]
             assert path.parent == folder

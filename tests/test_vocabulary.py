@@ -64,7 +64,8 @@ def from_reference(
 
 def ids_of(folder: Path) -> dict[str, int]:
     data = json.loads((folder / "tokenizer.json").read_text())
-    return data["model"]["vocab"] | {entry["content"]: entry["id"] for entry in data["added_tokens"]}
+    vocab: dict[str, int] = data["model"]["vocab"]
+    return vocab | {entry["content"]: entry["id"] for entry in data["added_tokens"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
