@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -68,8 +68,11 @@ def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
             )
 
 
-def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
-    """The names of the tensors to merge, in the file order of the first input; a mismatch is a problem."""
+def check_tensors(inputs: Sequence[Input], optional: Collection[str], problems: list[str]) -> list[str]:
+    """The names of the tensors to merge, in the file order of the first input; a mismatch is a problem.
+
+    Those in `optional` are left to the caller.
+    """
     if not inputs:
         return []
     first, others = inputs[0], inputs[1:]
@@ -77,17 +80,18 @@ def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
     check_dtypes(first, problems)
     for other in others:
         found = other.checkpoint.tensors
-        _check_names(first, other, problems)
+        _check_names(first, other, optional, problems)
         check_dtypes(other, problems)
         clashes = (
             clash
             for name, ref in table.items()
+            if name not in optional
             if (theirs := found.get(name)) is not None and (clash := _clash(name, ref, theirs, first))
         )
         _report(f"{other.label}: ", "tensors that do not fit", clashes, problems)
     if not table:
         problems.append(f"{first.label} has no tensors")
-    return [name for name, _ in sorted(table.items(), key=_file_order)]
+    return [name for name, _ in sorted(table.items(), key=_file_order) if name not in optional]
 
 
 def check_pairs(inputs: Sequence[Input], rows: Sequence[tuple[str, ...]], problems: list[str]) -> None:
@@ -97,7 +101,7 @@ def check_pairs(inputs: Sequence[Input], rows: Sequence[tuple[str, ...]], proble
     for number, other in enumerate(inputs):
         found = other.checkpoint.tensors
         if missing := [row[number] for row in rows if row[number] not in found]:
-            problems.append(f"{other.label} lacks {_named(missing)} that other sources of its slice have")
+            problems.append(f"{other.label} lacks {named(missing)} that other sources of its slice have")
         pairs = ((row[number], table.get(row[0]), found.get(row[number])) for row in rows)
         clashes = (
             clash
@@ -112,15 +116,16 @@ def _file_order(item: tuple[str, TensorRef]) -> tuple[int, int, str]:
     return ref.shard, ref.entry.begin, name
 
 
-def _check_names(first: Input, other: Input, problems: list[str]) -> None:
+def _check_names(first: Input, other: Input, optional: Collection[str], problems: list[str]) -> None:
     mine, theirs = first.checkpoint.tensors, other.checkpoint.tensors
-    if missing := [name for name in mine if name not in theirs]:
-        problems.append(f"{other.label} lacks {_named(missing)} of {first.label}")
-    if extra := [name for name in theirs if name not in mine]:
-        problems.append(f"{other.label} has {_named(extra)}, which {first.label} lacks")
+    if missing := [name for name in mine if name not in theirs and name not in optional]:
+        problems.append(f"{other.label} lacks {named(missing)} of {first.label}")
+    if extra := [name for name in theirs if name not in mine and name not in optional]:
+        problems.append(f"{other.label} has {named(extra)}, which {first.label} lacks")
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """A few of these tensors by name, the others counted."""
     listed = ", ".join(shown(name) for name in names[:NAMED])
     if len(names) == 1:
         return f"tensor {listed}"

@@ -28,6 +28,7 @@ from pymerge.plan_checks import (
     free_bytes,
 )
 from pymerge.plan_inputs import open_inputs
+from pymerge.plan_optional import lacked, reduced
 from pymerge.plan_rule import Part, donor_path, identity, parts_of, rules_of
 from pymerge.plan_side import carried, side_files
 from pymerge.plan_stack import Outline, stacked, whole
@@ -218,7 +219,7 @@ def _examine(
     vocabulary = None
     if not problems:
         inputs, vocabulary = remap(recipe, inputs, donor, problems)
-    members, outline = _outline(recipe, parts, inputs, problems, notes)
+    members, outline = _outline(recipe, method, parts, inputs, problems, notes)
     rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
     if rules and rules[0].scope is Scope.MODEL:
         check_working_types(members[0], recipe.dtype, problems)
@@ -238,18 +239,29 @@ def _examine(
 
 def _outline(
     recipe: Recipe,
-    parts: Sequence[Part],
+    method: Method | None,
+    parts: list[Part],
     inputs: Mapping[str, Input],
     problems: list[str],
     notes: list[str],
 ) -> tuple[list[list[Input]], Outline]:
-    """The inputs of each part, and the output; nothing of it where anything is wrong with them."""
+    """The inputs of each part, and the output; nothing of it where anything is wrong with them.
+
+    Parts for the tensors that some inputs lack are added.
+    """
     before = len(problems)
     if not recipe.slices:
         readable = list(inputs.values())
-        names = check_tensors(readable, problems)
-        sound = readable and len(problems) == before
-        return [readable], whole(names, readable, uses_gradients(recipe)) if sound else Outline()
+        lacking = lacked(readable) if method and len(readable) == len(parts[0].members) else {}
+        names = check_tensors(readable, lacking, problems)
+        if not readable or len(problems) > before:
+            return [readable], Outline()
+        more = reduced(method, parts[0], readable, lacking, problems, notes) if method else {}
+        parts += [part for part, _ in more.values()]
+        members = [readable, *(holders for _, holders in more.values())]
+        if len(problems) > before:
+            return [readable], Outline()
+        return members, whole([names, *more], members, uses_gradients(recipe))
     if problems or any(identity(entry.path) not in inputs for part in parts for entry in part.members):
         return [], Outline()
     members = [[inputs[identity(entry.path)] for entry in part.members] for part in parts]
@@ -270,7 +282,7 @@ def _laid_out(
         recipe=recipe,
         method=found.method,
         rules=tuple(used.values()) or (found.rules[0],),
-        parts=tuple(found.parts),
+        parts=tuple(found.parts[: len(found.outline.counts)]),
         counts=tuple(found.outline.counts),
         out=out,
         out_dtype=out_dtype,

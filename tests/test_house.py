@@ -51,6 +51,7 @@ LAYERS = (
         "plan_memory",
         "plan_vocabulary",
         "plan_inputs",
+        "plan_optional",
         "lora",
     ),
     ("kernels",),

@@ -357,7 +357,7 @@ def test_a_mixture_of_experts_is_planned_in_seconds(
         refs = {name: TensorRef(0, entry) for name, entry in entries.items()}
         return Checkpoint(path, (Shard(path / "model.safetensors", header),), refs)
 
-    monkeypatch.setattr("pymerge.planner.open_checkpoint", synthetic)
+    monkeypatch.setattr("pymerge.plan_inputs.open_checkpoint", synthetic)
     names = [f"e{k}" for k in range(8)]
     for name in [*names, "base"]:
         (tmp_path / name).mkdir()
