@@ -24,7 +24,8 @@ class Input(NamedTuple):
     """One checkpoint of a plan; `first_file` is the file number of its first shard.
 
     `made`: the tensors that its files do not hold as they are, whose entries then give type and shape only.
-    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path.
+    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path. `lends`: its
+    embedding is taken for its head too.
     """
 
     checkpoint: Checkpoint
@@ -32,6 +33,7 @@ class Input(NamedTuple):
     first_file: int
     made: Mapping[str, Source] = MappingProxyType({})
     model: Path | None = None
+    lends: bool = False
 
     @property
     def home(self) -> Path:

@@ -86,7 +86,7 @@ def _with_head(source: Input, heads: Sequence[str], notes: list[str]) -> Input:
     more = {name: tensors[embedding] for name in lacking}
     made = {name: source.made[embedding] for name in lacking if embedding in source.made}
     checkpoint = source.checkpoint._replace(tensors={**tensors, **more})
-    return source._replace(checkpoint=checkpoint, made={**source.made, **made})
+    return source._replace(checkpoint=checkpoint, made={**source.made, **made}, lends=True)
 
 
 def vocabulary_names(source: Input) -> Iterator[str]:

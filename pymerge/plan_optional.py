@@ -34,8 +34,8 @@ def reduced(
     """Per group of tensors that the same inputs have, the part that merges them.
 
     As in mergekit 0.1.5, most methods take those that there are; a blend of one model is that model, and
-    without experts the base stays; model_stock leaves out what too few have; nothing else does without the base.
-    Problems and notes are added.
+    without experts the base stays; model_stock leaves out what too few have; what else is relative to a base
+    needs it. Problems and notes are added.
     """
     groups: dict[tuple[bool, ...], list[str]] = {}
     for name, has in held.items():

@@ -16,6 +16,7 @@ from pymerge.checkpoint.sidefiles import (
     with_dtype,
     with_layers,
     with_vocabulary,
+    without_ties,
 )
 from pymerge.checkpoint.tokenizer import TOKENIZER_FILES, tokenizer_files
 from pymerge.dtypes import DType
@@ -26,10 +27,10 @@ from pymerge.recipe import Recipe
 RECIPE_NAME = "mergekit_config.yml"
 
 
-def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None) -> dict[str, bytes]:
+def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None, unties: bool) -> dict[str, bytes]:
     """What comes from `donor`, but for the tokenizer that the recipe asks for and the chat template.
 
-    Raises PymergeError: what lies there cannot be read, or there is no such template.
+    `unties`: the output has a head, which `donor` has not. Raises PymergeError: what lies there cannot be read, or there is no such template.
     """
     files = collect(donor)
     check_template(recipe.chat_template)
@@ -38,6 +39,8 @@ def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None) -> dict[
         files |= tokenizer_files(vocabulary.tokenizer, collect(vocabulary.donor))
         if CONFIG_NAME in files:
             files[CONFIG_NAME] = with_vocabulary(files[CONFIG_NAME], vocabulary.rows)
+    if unties and CONFIG_NAME in files:
+        files[CONFIG_NAME] = without_ties(files[CONFIG_NAME])
     if recipe.chat_template is not None:
         models = [recipe.adapted[path].model if path in recipe.adapted else path for path in recipe.merged]
         template = chosen_template(recipe.chat_template, models)

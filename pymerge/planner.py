@@ -223,7 +223,10 @@ def _examine(
     rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
     if rules and rules[0].scope is Scope.MODEL:
         check_working_types(members[0], recipe.dtype, problems)
-    side_files = {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary))
+    unties = any(source.lends and source.home == donor for source in inputs.values())
+    side_files = (
+        {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary, unties))
+    )
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
     if method is None or rules is None or side_files is None:

@@ -146,15 +146,17 @@ def test_a_donor_of_another_type_is_rounded_once(tmp_path: Path) -> None:
     assert torch.equal(read_checkpoint(out)[EMBEDDING], expected.float())
 
 
-def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
-    base = write_model(tmp_path / "base", BASE, 1)
-    one = write_model(tmp_path / "one", ONE, 2, tied=True)
+@pytest.mark.parametrize("which", ["base", "one"])
+def test_a_tied_head_is_the_embedding(tmp_path: Path, which: str) -> None:
+    base = write_model(tmp_path / "base", BASE, 1, tied=which == "base")
+    one = write_model(tmp_path / "one", ONE, 2, tied=which == "one")
     out = merged(tmp_path, "linear", [base, one], base, {"source": "union"})
     tokens = (*BASE, "x", "y", "<im>")
     rows = [expected_input([base, one], base, own, HEAD, tokens) for own in (base, one)]
     assert torch.equal(read_checkpoint(out)[HEAD], (rows[0] + rows[1]) / 2)
     notes = pymerge.plan(tmp_path / "recipe.yml").notes
     assert any("its config ties the two" in note for note in notes)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_same_bits_for_any_tile_and_threads(tmp_path: Path) -> None:

@@ -142,6 +142,11 @@ def vocabulary_of(folder: Path) -> int | None:
     return found if type(found) is int else None
 
 
+def without_ties(config: bytes) -> bytes:
+    """`config`, JSON already checked, for a model whose head is not its embedding."""
+    return (json.dumps(json_object(config) | {"tie_word_embeddings": False}, indent=2) + "\n").encode("ascii")
+
+
 def ties_head(folder: Path) -> bool:
     """Whether config.json says that the head is the embedding; raises CheckpointError."""
     return read_config(folder).get("tie_word_embeddings") is True
