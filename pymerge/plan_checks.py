@@ -24,8 +24,8 @@ class Input(NamedTuple):
     """One checkpoint of a plan; `first_file` is the file number of its first shard.
 
     `made`: the tensors that its files do not hold as they are, whose entries then give type and shape only.
-    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path. `lends`: its
-    embedding is taken for its head too.
+    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path.
+    `lends`: its embedding is taken for its head too.
     """
 
     checkpoint: Checkpoint

@@ -19,7 +19,7 @@ COMMON, FIRST, OTHERS, ENDS = "up.weight", "only_first.bias", "others.bias", "en
 
 
 def family(folder: Path) -> list[dict[str, Tensor]]:
-    """Three models: a tensor in all, one in the first, one in the two others, one in the first and the last."""
+    """Three models: a tensor in all, one in the first, one in the others, one in the first and the last."""
     g = torch.Generator().manual_seed(5)
     models = []
     for number in range(3):
