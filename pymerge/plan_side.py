@@ -30,8 +30,8 @@ RECIPE_NAME = "mergekit_config.yml"
 def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None, unties: bool) -> dict[str, bytes]:
     """What comes from `donor`, but for the tokenizer that the recipe asks for and the chat template.
 
-    `unties`: the output has a head, which `donor` has not. Raises PymergeError: what lies there cannot be read,
-    or there is no such template.
+    `unties`: the output has a head, which `donor` has not. Raises PymergeError: what lies there cannot be
+    read, or there is no such template.
     """
     files = collect(donor)
     check_template(recipe.chat_template)

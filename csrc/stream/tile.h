@@ -34,7 +34,7 @@ struct Tile {
 
 struct Worker {
   Buffer raw, wide, cast, result, narrowed, scratch, chunk, held;
-  Buffer words, keys, bitmaps, scores;  // of masks
+  Buffer words, keys, bitmaps, scores;        // of masks
   Buffer term, addend, sum, stored, product;  // of compounds
   Tile tile;
   std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
