@@ -86,6 +86,14 @@ def regions_of(source: Source) -> Iterator[Region]:
             yield from regions_of(part)
 
 
+def products_of(source: Source) -> Iterator[Product]:
+    """Every product that a source reads."""
+    if isinstance(source, Product):
+        yield source
+    elif isinstance(source, Rows):
+        yield from (part for part in source.sources if isinstance(part, Product))
+
+
 def bytes_of(source: Source, count: int) -> int:
     """Bytes that reading the `count` elements of a source takes, of files and of memory."""
     if isinstance(source, Region):

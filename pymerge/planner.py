@@ -17,7 +17,7 @@ from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
-from pymerge.job import Region, TensorJob, bytes_of, row_of
+from pymerge.job import Product, Region, TensorJob, bytes_of, products_of, row_of
 from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
     Input,
@@ -120,6 +120,13 @@ class Plan:
                 for shard in self.shards
             },
             "vocabulary": self.vocabulary.digest if self.vocabulary else None,
+            # Of a LoRA's configuration, which no header holds.
+            "products": [
+                [job.name, product.scale, product.transposed]
+                for shard in self.jobs
+                for job in shard
+                for product in _products(job)
+            ],
             "outputs": {layout.file_name: layout.size for layout in self.layouts},
         }
 
@@ -366,3 +373,7 @@ def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
     for job in jobs:
         total += sum(bytes_of(source, job.count) for source in job.inputs) * job.reads
     return total
+
+
+def _products(job: TensorJob) -> list[Product]:
+    return [product for source in job.inputs for product in products_of(source)]

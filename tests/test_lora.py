@@ -171,6 +171,21 @@ def test_the_card_and_the_configuration_are_the_models(tmp_path: Path) -> None:
     assert str(lora) in (tmp_path / "out0" / "README.md").read_text().replace("\\", "")
 
 
+def test_a_changed_scale_starts_a_resumed_merge_anew(tmp_path: Path) -> None:
+    family = make_family(tmp_path, torch.bfloat16, experts=0)
+    digests = []
+    for name, alpha in (("one", 8), ("two", 16)):
+        lora, _ = write_lora(tmp_path / name, {Q: 4}, 1, lora_alpha=alpha)
+        if name == "two":
+            (tmp_path / "one" / "adapter_config.json").write_bytes(
+                (lora / "adapter_config.json").read_bytes()
+            )
+        path = Path(f"{family.base_path}+{tmp_path / 'one'}")
+        digests.append(pymerge.plan(write_recipe(tmp_path / "r.yml", "passthrough", [path])).digest())
+    assert digests[0] != digests[1]
+    assert digests[0]["inputs"] == digests[1]["inputs"]
+
+
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
