@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from pymerge.checkpoint.header import TensorEntry
@@ -12,6 +13,7 @@ from pymerge.checkpoint.index import Checkpoint, TensorRef
 from pymerge.checkpoint.sidefiles import read_config
 from pymerge.dtypes import DType
 from pymerge.errors import CheckpointError
+from pymerge.job import Region, Source
 from pymerge.text import shown
 
 # A broken model may break every tensor; so many are named, the rest counted.
@@ -19,23 +21,46 @@ NAMED = 3
 
 
 class Input(NamedTuple):
-    """One checkpoint of a plan; `first_file` is the file number of its first shard."""
+    """One checkpoint of a plan; `first_file` is the file number of its first shard.
+
+    `made`: the tensors that its files do not hold as they are, whose entries then give type and shape only.
+    `model`: what configuration and tokenizer lie beside, where that is not the checkpoint's path.
+    `lends`: its embedding is taken for its head too.
+    """
 
     checkpoint: Checkpoint
     is_base: bool
     first_file: int
+    made: Mapping[str, Source] = MappingProxyType({})
+    model: Path | None = None
+    lends: bool = False
+
+    @property
+    def home(self) -> Path:
+        """The model's folder, or the file in it."""
+        return self.model or self.checkpoint.path
 
     @property
     def label(self) -> str:
         """How messages call it."""
         return f"{'base' if self.is_base else 'expert'} {self.checkpoint.path}"
 
+    def source(self, name: str) -> Source:
+        """Where the elements of a tensor come from."""
+        return self.made.get(name) or region_of(self.checkpoint, self.first_file, name)
+
+
+def region_of(checkpoint: Checkpoint, first_file: int, name: str) -> Region:
+    """Where a tensor lies, given the number of the checkpoint's first file."""
+    ref = checkpoint.tensors[name]
+    return Region(ref.entry.dtype, ref.entry.begin, first_file + ref.shard)
+
 
 def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
     """Refuse quantized checkpoints: their numbers mean nothing without their scales."""
     for source in inputs:
         try:
-            config = read_config(source.checkpoint.path)
+            config = read_config(source.home)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -45,8 +70,11 @@ def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
             )
 
 
-def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
-    """The names of the tensors to merge, in the file order of the first input; a mismatch is a problem."""
+def check_tensors(inputs: Sequence[Input], optional: Collection[str], problems: list[str]) -> list[str]:
+    """The names of the tensors to merge, in the file order of the first input; a mismatch is a problem.
+
+    Those in `optional` are left to the caller.
+    """
     if not inputs:
         return []
     first, others = inputs[0], inputs[1:]
@@ -54,17 +82,18 @@ def check_tensors(inputs: Sequence[Input], problems: list[str]) -> list[str]:
     check_dtypes(first, problems)
     for other in others:
         found = other.checkpoint.tensors
-        _check_names(first, other, problems)
+        _check_names(first, other, optional, problems)
         check_dtypes(other, problems)
         clashes = (
             clash
             for name, ref in table.items()
+            if name not in optional
             if (theirs := found.get(name)) is not None and (clash := _clash(name, ref, theirs, first))
         )
         _report(f"{other.label}: ", "tensors that do not fit", clashes, problems)
     if not table:
         problems.append(f"{first.label} has no tensors")
-    return [name for name, _ in sorted(table.items(), key=_file_order)]
+    return [name for name, _ in sorted(table.items(), key=_file_order) if name not in optional]
 
 
 def check_pairs(inputs: Sequence[Input], rows: Sequence[tuple[str, ...]], problems: list[str]) -> None:
@@ -74,7 +103,7 @@ def check_pairs(inputs: Sequence[Input], rows: Sequence[tuple[str, ...]], proble
     for number, other in enumerate(inputs):
         found = other.checkpoint.tensors
         if missing := [row[number] for row in rows if row[number] not in found]:
-            problems.append(f"{other.label} lacks {_named(missing)} that other sources of its slice have")
+            problems.append(f"{other.label} lacks {named(missing)} that other sources of its slice have")
         pairs = ((row[number], table.get(row[0]), found.get(row[number])) for row in rows)
         clashes = (
             clash
@@ -89,15 +118,16 @@ def _file_order(item: tuple[str, TensorRef]) -> tuple[int, int, str]:
     return ref.shard, ref.entry.begin, name
 
 
-def _check_names(first: Input, other: Input, problems: list[str]) -> None:
+def _check_names(first: Input, other: Input, optional: Collection[str], problems: list[str]) -> None:
     mine, theirs = first.checkpoint.tensors, other.checkpoint.tensors
-    if missing := [name for name in mine if name not in theirs]:
-        problems.append(f"{other.label} lacks {_named(missing)} of {first.label}")
-    if extra := [name for name in theirs if name not in mine]:
-        problems.append(f"{other.label} has {_named(extra)}, which {first.label} lacks")
+    if missing := [name for name in mine if name not in theirs and name not in optional]:
+        problems.append(f"{other.label} lacks {named(missing)} of {first.label}")
+    if extra := [name for name in theirs if name not in mine and name not in optional]:
+        problems.append(f"{other.label} has {named(extra)}, which {first.label} lacks")
 
 
-def _named(names: Sequence[str]) -> str:
+def named(names: Sequence[str]) -> str:
+    """A few of these tensors by name, the others counted."""
     listed = ", ".join(shown(name) for name in names[:NAMED])
     if len(names) == 1:
         return f"tensor {listed}"

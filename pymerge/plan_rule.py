@@ -29,13 +29,15 @@ OF_ALL = ("lambda", "normalize", "rescale", *(name for name in DEFAULTS if name 
 class Part:
     """A slice of the output as a method takes it: experts, and apart the base that they are relative to.
 
-    `where`: how messages call it; empty when it is the whole output.
+    `where`: how messages call it; empty when it is the whole output. `copies`: its one expert is the result,
+    whatever the method.
     """
 
     slice: Slice
     base: ModelEntry | None
     experts: tuple[ModelEntry, ...]
     where: str
+    copies: bool = False
 
     @property
     def members(self) -> tuple[ModelEntry, ...]:
@@ -60,7 +62,8 @@ def identity(path: Path) -> str:
 
 def donor_path(recipe: Recipe) -> Path:
     """The checkpoint whose configuration and tokenizer the output gets: the base, else the first model."""
-    return recipe.base if recipe.base is not None else recipe.stack[0].sources[0].path
+    path = recipe.base if recipe.base is not None else recipe.stack[0].sources[0].path
+    return recipe.adapted[path].model if path in recipe.adapted else path
 
 
 def parts_of(recipe: Recipe, method: Method | None, problems: list[str], notes: list[str]) -> list[Part]:
@@ -115,7 +118,11 @@ def rules_of(
     """The rule of each origin, equal ones being one object; None when there are problems, which are added."""
     before = len(problems)
     rules: dict[Rule, Rule] = {}
-    resolvers = [_Resolver(recipe, method, part, rules, problems) for part in parts if part.experts]
+    resolvers = [
+        _Resolver(recipe, METHODS["passthrough"] if part.copies else method, part, rules, problems)
+        for part in parts
+        if part.experts
+    ]
     for resolver in resolvers:
         if resolver.is_constant:  # which shows what is wrong with it even if no tensor is known
             resolver.rule(Origin("", 0, 0.0, True, ("",) * len(resolver.part.members)))
@@ -215,8 +222,9 @@ def _check_scope(
     if not merged or merged[0][1].scope is not Scope.MODEL:
         return
     if len(parts) > 1:
+        what = "several slices" if parts[0].where else "tensors that some of them lack"
         problems.append(
-            "scope: model takes each expert's entries over the whole model, which several slices do not have;"
+            f"scope: model takes each expert's entries over the whole model, which {what} do not have;"
             " use scope: tensor"
         )
         return

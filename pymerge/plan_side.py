@@ -6,13 +6,47 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pymerge.checkpoint.chat import check_template, chosen_template, with_template
 from pymerge.checkpoint.index import INDEX_NAME
 from pymerge.checkpoint.layout import ShardLayout, index_json
-from pymerge.checkpoint.sidefiles import CONFIG_NAME, folder_of, with_dtype, with_layers
+from pymerge.checkpoint.sidefiles import (
+    CONFIG_NAME,
+    collect,
+    folder_of,
+    with_dtype,
+    with_layers,
+    with_vocabulary,
+    without_ties,
+)
+from pymerge.checkpoint.tokenizer import TOKENIZER_FILES, tokenizer_files
 from pymerge.dtypes import DType
 from pymerge.job import TensorJob
+from pymerge.plan_vocabulary import Vocabulary
+from pymerge.recipe import Recipe
 
 RECIPE_NAME = "mergekit_config.yml"
+
+
+def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None, unties: bool) -> dict[str, bytes]:
+    """What comes from `donor`, but for the tokenizer that the recipe asks for and the chat template.
+
+    `unties`: the output has a head, which `donor` has not. Raises PymergeError: what lies there cannot be
+    read, or there is no such template.
+    """
+    files = collect(donor)
+    check_template(recipe.chat_template)
+    if vocabulary is not None:
+        files = {name: data for name, data in files.items() if name not in TOKENIZER_FILES}
+        files |= tokenizer_files(vocabulary.tokenizer, collect(vocabulary.donor))
+        if CONFIG_NAME in files:
+            files[CONFIG_NAME] = with_vocabulary(files[CONFIG_NAME], vocabulary.rows)
+    if unties and CONFIG_NAME in files:
+        files[CONFIG_NAME] = without_ties(files[CONFIG_NAME])
+    if recipe.chat_template is not None:
+        models = [recipe.adapted[path].model if path in recipe.adapted else path for path in recipe.merged]
+        template = chosen_template(recipe.chat_template, models)
+        files = with_template(files, template) if template is not None else files
+    return files
 
 
 def side_files(

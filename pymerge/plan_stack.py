@@ -27,17 +27,18 @@ class Outline(NamedTuple):
     layers: Sequence[int] = ()
 
 
-def whole(names: Sequence[str], inputs: Sequence[Input], depths: bool) -> Outline:
-    """Without slices: every tensor is made of those of its name. `depths`: whether parameters ask for `t`."""
-    layers = Layers(names) if depths else None
-    table = inputs[0].checkpoint.tensors
-    count = len(inputs)
-    origins = [
-        Origin(
-            name, 0, layers.depth(name) if layers else 0.0, table[name].entry.dtype.mergeable, (name,) * count
-        )
-        for name in names
-    ]
+def whole(names: Sequence[Sequence[str]], members: Sequence[Sequence[Input]], depths: bool) -> Outline:
+    """Without slices: every tensor is made of those of its name; `names` and `members` of each part.
+
+    `depths`: whether parameters ask for `t`.
+    """
+    layers = Layers([name for some in names for name in some]) if depths else None
+    origins = []
+    for number, (some, inputs) in enumerate(zip(names, members, strict=True)):
+        table, count = inputs[0].checkpoint.tensors, len(inputs)
+        for name in some:
+            t = layers.depth(name) if layers else 0.0
+            origins.append(Origin(name, number, t, table[name].entry.dtype.mergeable, (name,) * count))
     return Outline(origins, [max(map(len, layers.stacks.values()), default=0) if layers else 0])
 
 

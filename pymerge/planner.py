@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from pymerge.checkpoint.index import Shard, open_checkpoint
+from pymerge.checkpoint.index import Shard
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
-from pymerge.checkpoint.sidefiles import CONFIG_NAME, collect, states_layers
+from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
-from pymerge.job import Region, TensorJob, row_of
+from pymerge.job import Product, Region, TensorJob, bytes_of, products_of, row_of
 from pymerge.methods import Method, method_named
 from pymerge.plan_checks import (
     Input,
@@ -28,10 +27,13 @@ from pymerge.plan_checks import (
     check_working_types,
     free_bytes,
 )
+from pymerge.plan_inputs import open_inputs
+from pymerge.plan_optional import lacked, reduced
 from pymerge.plan_rule import Part, donor_path, identity, parts_of, rules_of
-from pymerge.plan_side import side_files
+from pymerge.plan_side import carried, side_files
 from pymerge.plan_stack import Outline, stacked, whole
 from pymerge.plan_text import describe_parts, notes_of, uses_gradients
+from pymerge.plan_vocabulary import Vocabulary, remap
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
 from pymerge.version import NUMERICS_VERSION, VERSION
@@ -50,7 +52,8 @@ class Plan:
     `rules`: those of the jobs, without repetition.
     `shards`: all input files by number; output file i has the number `len(shards) + i` in the jobs' regions.
     `side_files`: what lies beside the weights (configuration and tokenizer of the base, recipe, index).
-    `notes`: what the recipe gives and the method does not use, one sentence each.
+    `notes`: what the recipe gives and the method does not use, one sentence each. `vocabulary`: the output's,
+    where the recipe asks for one.
     """
 
     recipe: Recipe
@@ -68,6 +71,7 @@ class Plan:
     bytes_read: int
     bytes_written: int
     notes: tuple[str, ...]
+    vocabulary: Vocabulary | None = None
 
     @property
     def scope(self) -> Scope:
@@ -115,6 +119,14 @@ class Plan:
                 str(shard.path): [shard.header.digest, shard.header.file_size, shard.header.mtime_ns]
                 for shard in self.shards
             },
+            "vocabulary": self.vocabulary.digest if self.vocabulary else None,
+            # Of a LoRA's configuration, which no header holds.
+            "products": [
+                [job.name, product.scale, product.transposed]
+                for shard in self.jobs
+                for job in shard
+                for product in _products(job)
+            ],
             "outputs": {layout.file_name: layout.size for layout in self.layouts},
         }
 
@@ -124,6 +136,7 @@ class Plan:
         said = [numbers_of(self.method, self.rules[0])] if len(self.rules) == 1 else []
         lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
         lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
+        lines += self.vocabulary.lines if self.vocabulary else ()
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
@@ -196,6 +209,7 @@ class _Found(NamedTuple):
     rules: list[Rule]
     side_files: dict[str, bytes]
     notes: list[str]
+    vocabulary: Vocabulary | None
 
 
 def _examine(
@@ -206,14 +220,20 @@ def _examine(
     # A draft without a method says so itself.
     method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
     parts = parts_of(recipe, method, problems, notes)
-    inputs = _open_inputs(parts, missing, problems)
+    inputs = open_inputs(parts, missing, recipe.adapted, problems, notes)
     check_configs(list(inputs.values()), problems)
-    members, outline = _outline(recipe, parts, inputs, problems, notes)
+    donor = donor_path(recipe)
+    vocabulary = None
+    if not problems:
+        inputs, vocabulary = remap(recipe, inputs, donor, problems)
+    members, outline = _outline(recipe, method, parts, inputs, problems, notes)
     rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
     if rules and rules[0].scope is Scope.MODEL:
         check_working_types(members[0], recipe.dtype, problems)
-    donor = donor_path(recipe)
-    side_files = {} if donor in missing else _collect(problems, lambda: collect(donor))
+    unties = any(source.lends and source.home == donor for source in inputs.values())
+    side_files = (
+        {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary, unties))
+    )
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
     if method is None or rules is None or side_files is None:
@@ -222,23 +242,36 @@ def _examine(
     config = side_files.get(CONFIG_NAME)
     if outline.layers and config is not None and not states_layers(config):
         notes.append(f"config.json states no number of layers; the output has {len(outline.layers)}")
-    return _Found(method, parts, list(inputs.values()), members, outline, rules, side_files, notes)
+    return _Found(
+        method, parts, list(inputs.values()), members, outline, rules, side_files, notes, vocabulary
+    )
 
 
 def _outline(
     recipe: Recipe,
-    parts: Sequence[Part],
+    method: Method | None,
+    parts: list[Part],
     inputs: Mapping[str, Input],
     problems: list[str],
     notes: list[str],
 ) -> tuple[list[list[Input]], Outline]:
-    """The inputs of each part, and the output; nothing of it where anything is wrong with them."""
+    """The inputs of each part, and the output; nothing of it where anything is wrong with them.
+
+    Parts for the tensors that some inputs lack are added.
+    """
     before = len(problems)
     if not recipe.slices:
         readable = list(inputs.values())
-        names = check_tensors(readable, problems)
-        sound = readable and len(problems) == before
-        return [readable], whole(names, readable, uses_gradients(recipe)) if sound else Outline()
+        lacking = lacked(readable) if method and len(readable) == len(parts[0].members) else {}
+        names = check_tensors(readable, lacking, problems)
+        if not readable or len(problems) > before:
+            return [readable], Outline()
+        more = reduced(method, parts[0], readable, lacking, problems, notes) if method else {}
+        parts += [part for part, _ in more.values()]
+        members = [readable, *(holders for _, holders in more.values())]
+        if len(problems) > before:
+            return [readable], Outline()
+        return members, whole([names, *more], members, uses_gradients(recipe))
     if problems or any(identity(entry.path) not in inputs for part in parts for entry in part.members):
         return [], Outline()
     members = [[inputs[identity(entry.path)] for entry in part.members] for part in parts]
@@ -259,7 +292,7 @@ def _laid_out(
         recipe=recipe,
         method=found.method,
         rules=tuple(used.values()) or (found.rules[0],),
-        parts=tuple(found.parts),
+        parts=tuple(found.parts[: len(found.outline.counts)]),
         counts=tuple(found.outline.counts),
         out=out,
         out_dtype=out_dtype,
@@ -271,6 +304,7 @@ def _laid_out(
         bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
         notes=tuple(dict.fromkeys(found.notes)),
+        vocabulary=found.vocabulary,
     )
 
 
@@ -283,24 +317,6 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
     except PymergeError as error:
         problems.append(str(error))
     return None
-
-
-def _open_inputs(parts: Sequence[Part], missing: Collection[Path], problems: list[str]) -> dict[str, Input]:
-    """The readable inputs: bases first, then the experts."""
-    bases = [part.base.path for part in parts if part.base]
-    experts = [entry.path for part in parts for entry in part.experts]
-    merged = set(map(identity, experts))
-    inputs: dict[str, Input] = {}
-    first = 0
-    for path in [*bases, *experts]:
-        key = identity(path)
-        if path in missing or key in inputs:
-            continue
-        checkpoint = _collect(problems, partial(open_checkpoint, path))
-        if checkpoint is not None:
-            inputs[key] = Input(checkpoint, key not in merged, first)
-            first += len(checkpoint.shards)
-    return inputs
 
 
 def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:
@@ -328,21 +344,17 @@ def _jobs(
         origin.name: (origin, rule) for origin, rule in zip(found.outline.origins, found.rules, strict=True)
     }
 
-    def region(source: Input, name: str) -> Region:
-        ref = source.checkpoint.tensors[name]
-        return Region(ref.entry.dtype, ref.entry.begin, source.first_file + ref.shard)
-
     def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
         origin, rule = known[output.name]
         sources = found.members[origin.part]
-        regions = tuple([region(source, name) for source, name in zip(sources, origin.inputs, strict=True)])
+        given = tuple([source.source(name) for source, name in zip(sources, origin.inputs, strict=True)])
         has_base = found.parts[origin.part].base is not None
         entry = sources[0].checkpoint.tensors[origin.inputs[0]].entry
         return TensorJob(
             name=output.name,
             count=entry.count,
-            base=regions[0] if has_base else None,
-            experts=regions[1:] if has_base else regions,
+            base=given[0] if has_base else None,
+            experts=given[1:] if has_base else given,
             out=Region(output.dtype, layout.offsets[output.name], files + number),
             rule=rule if origin.merges else None,
             cast=cast if origin.merges else None,
@@ -359,7 +371,9 @@ def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
     """Bytes that these jobs read."""
     total = 0
     for job in jobs:
-        width = sum(region.dtype.itemsize for region in job.experts)
-        width += job.base.dtype.itemsize if job.base else 0
-        total += job.count * width * job.reads
+        total += sum(bytes_of(source, job.count) for source in job.inputs) * job.reads
     return total
+
+
+def _products(job: TensorJob) -> list[Product]:
+    return [product for source in job.inputs for product in products_of(source)]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from pymerge.adapted import Adapted, TokenizerRule
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, RecipeError
 from pymerge.files import read_file
@@ -49,8 +50,10 @@ class Slice:
 class Recipe:
     """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim.
 
-    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if there is
-    one. `notes`: what has no effect, one sentence each. Made by `load_recipe` or `parse_recipe`.
+    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if any.
+    `notes`: what has no effect, one sentence each. `adapted`: what those paths stand for that are a model
+    with a LoRA. `tokenizer`: None: the base's, and vocabularies must be equal. `chat_template`: as given.
+    Made by `load_recipe` or `parse_recipe`.
     """
 
     method: str
@@ -65,6 +68,9 @@ class Recipe:
     slices: tuple[Slice, ...] = ()
     module: dict[str, Parameter] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    adapted: Mapping[Path, Adapted] = field(default_factory=dict)
+    tokenizer: TokenizerRule | None = None
+    chat_template: str | None = None
 
     @property
     def stack(self) -> tuple[Slice, ...]:
@@ -72,11 +78,19 @@ class Recipe:
         return self.slices or (Slice(self.models, self.base, {}),)
 
     @property
-    def paths(self) -> list[Path]:
-        """Every model that the recipe names."""
+    def merged(self) -> list[Path]:
+        """Every model that takes part, bases first."""
         bases = [self.base, *(part.base for part in self.slices)]
         entries = [entry for part in self.stack for entry in part.sources]
         return list(dict.fromkeys([*filter(None, bases), *(entry.path for entry in entries)]))
+
+    @property
+    def paths(self) -> list[Path]:
+        """Every folder or file that the recipe names."""
+        named = [*self.merged]
+        if self.tokenizer is not None and self.tokenizer.source is not None:
+            named.append(self.tokenizer.source)
+        return list(dict.fromkeys(path for name in named for path in self.adapted.get(name, (name,))))
 
     def scopes(self, part: Slice, entry: ModelEntry | None = None) -> tuple[Mapping[str, Parameter], ...]:
         """Where parameters are looked up, the nearest first: those of one model, or of all models."""
@@ -131,6 +145,7 @@ def load_draft(path: Path) -> Draft:
 def parse_draft(text: str, folder: Path) -> Draft:
     """`parse_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
     from pymerge.recipe_schema import validate
+    from pymerge.recipe_tokenizer import references_of, rule_of, tokenizer_data
     from pymerge.recipe_yaml import read_yaml
 
     document = read_yaml(text)
@@ -143,10 +158,11 @@ def parse_draft(text: str, folder: Path) -> Draft:
         return Draft(None, tuple(problems))
     where, module = _module(data)
     notes: list[str] = []
-    references = {
-        place: reference for place, reference in _references(data, where, module) if place not in unusable
-    }
-    found = locate(references, folder, problems, notes)
+    tokenizer = tokenizer_data(data["tokenizer"], data["tokenizer_source"])
+    named = (*_references(data, where, module), *references_of(tokenizer))
+    references = {place: reference for place, reference in named if place not in unusable}
+    adapted: dict[Path, Adapted] = {}
+    found = locate(references, folder, problems, notes, adapted)
     missing: set[Path] = set()
 
     def path_of(reference: Reference, place: str) -> Path:
@@ -193,6 +209,9 @@ def parse_draft(text: str, folder: Path) -> Draft:
         slices=tuple(slices),
         module={} if module is data else module["parameters"],
         notes=tuple(notes),
+        adapted=adapted,
+        tokenizer=rule_of(tokenizer, path_of),
+        chat_template=data["chat_template"],
     )
     return Draft(recipe, tuple(problems), frozenset(missing))
 

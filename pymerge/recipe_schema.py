@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails, SchemaValidator, ValidationError, core_s
 
 from pymerge.dtypes import DType
 from pymerge.parameters import Parameter, Preset
+from pymerge.recipe_tokenizer import TOKENIZER, TOKENIZER_TAGS, TokenizerData, known_keys
 from pymerge.recipe_values import (
     CASE_KEYS,
     FLAG,
@@ -38,8 +39,7 @@ from pymerge.recipe_values import (
 from pymerge.rule import Scope, ThresholdTies
 
 # Keys of mergekit's grammar that this version refuses by name.
-UNSUPPORTED_KEYS = ("tokenizer", "tokenizer_source", "chat_template", "name")
-UNSUPPORTED_PARAMETERS = ("epsilon", "select_topk")
+UNSUPPORTED_KEYS = ("name",)
 # Exactly one of them says what is merged.
 STACKS = ("models", "slices", "modules")
 
@@ -79,6 +79,9 @@ class RecipeData(ModuleData):
     out_dtype: DType | None
     preset: Preset
     seed: int
+    tokenizer: TokenizerData | None
+    tokenizer_source: Reference | None
+    chat_template: str | None
 
 
 def _given(values: dict[str, Parameter | None]) -> dict[str, Parameter]:
@@ -131,6 +134,9 @@ RECIPE = {
     "parameters": _parameters(TOP_PARAMETERS),
     "preset": otherwise(Preset.MERGEKIT, member(Preset)),
     "seed": otherwise(0, SEED),
+    "tokenizer": optional(TOKENIZER),
+    "tokenizer_source": optional(REFERENCE),
+    "chat_template": optional(TEXT),
 }
 
 
@@ -169,6 +175,8 @@ def _whole(data: RecipeData, problems: list[str]) -> RecipeData | None:
     """The recipe if it says in exactly one way what is merged; else the problem is added."""
     before = len(problems)
     _check_stack(data, "", STACKS, problems)
+    if data["tokenizer"] is not None and data["tokenizer_source"] is not None:
+        problems.append("tokenizer and tokenizer_source exclude each other; give one")
     modules = data["modules"] or {}
     for name, module in modules.items():
         _check_stack(module, f"modules.{name}.", STACKS[:2], problems)
@@ -244,7 +252,7 @@ def _without_null_parameters(data: dict[Hashable, Any]) -> dict[Hashable, Any]:
 
 def _location(detail: ErrorDetails) -> tuple[int | str, ...]:
     """Where it is, without the tags of pydantic_core."""
-    return tuple(part for part in detail["loc"] if part not in TAGS)
+    return tuple(part for part in detail["loc"] if part not in (*TAGS, *TOKENIZER_TAGS))
 
 
 def _kind(value: object) -> str:
@@ -300,6 +308,8 @@ def _place(loc: tuple[int | str, ...]) -> str:
 def _known_keys(parents: tuple[int | str, ...]) -> Mapping[str, Key] | tuple[str, ...]:
     """The keys of the mapping that lies under `parents`."""
     names = [part for part in parents if isinstance(part, str)]
+    if names[:1] == ["tokenizer"]:
+        return known_keys(names)
     if "parameters" in names:
         if names[-1] != "parameters":
             return CASE_KEYS
@@ -321,8 +331,6 @@ def _unknown_key(loc: tuple[int | str, ...], where: str) -> str:
         if key in TOP_PARAMETERS:
             level = "of a slice or of the recipe" if key in SLICE_PARAMETERS else "of the recipe"
             return f"{where}: {key} holds for all models; give it under the parameters {level}"
-        if key in UNSUPPORTED_PARAMETERS:
-            return f"{where}: the parameter {key} is not supported yet"
         if key in RECIPE:
             return f"{where}: {key} is no parameter; give it at the top of the recipe"
     elif not parents and key in TOP_PARAMETERS:

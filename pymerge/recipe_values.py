@@ -27,12 +27,13 @@ PATH_KEYS = ("path", "revision")
 
 
 class Reference(NamedTuple):
-    """A model as the recipe names it. `splits`: the text may hold a revision and a LoRA."""
+    """A model as the recipe names it. `splits`: the text may hold a revision and a LoRA; else `lora` may."""
 
     text: str
     revision: str | None = None
     splits: bool = True
     overrides: bool = False
+    lora: Reference | None = None
 
 
 def required(form: Form) -> Key:
@@ -128,14 +129,13 @@ def _reference() -> Form:
     def convert(found: dict[str, Any]) -> Reference:
         inner = found["model"]
         overrides = found["override_architecture"] is not None
-        if isinstance(inner, dict):
-            return Reference(inner["path"], inner["revision"], splits=False, overrides=overrides)
-        return Reference(inner, overrides=overrides)
+        lora = None if found["lora"] is None else named(found["lora"])
+        return named(inner)._replace(overrides=overrides, lora=lora)
 
-    def no_lora(value: object) -> object:
-        if value is None:
-            return value
-        raise PydanticCustomError("form", "a LoRA is not supported yet; merge it into its model first")
+    def named(found: str | dict[str, Any]) -> Reference:
+        if isinstance(found, str):
+            return Reference(found)
+        return Reference(found["path"], found["revision"], splits=False)
 
     def kind(value: object) -> str:
         return _CASE if isinstance(value, dict) else _ONE
@@ -144,7 +144,7 @@ def _reference() -> Form:
     path = mapping({"path": required(name), "revision": optional(TEXT)})
     keys = {
         "model": required(core_schema.tagged_union_schema({_ONE: name, _CASE: path}, kind)),
-        "lora": otherwise(None, core_schema.no_info_plain_validator_function(no_lora)),
+        "lora": optional(core_schema.tagged_union_schema({_ONE: name, _CASE: path}, kind)),
         "override_architecture": optional(TEXT),
     }
     forms = {_ONE: _after(Reference, name), _CASE: _after(convert, mapping(keys))}

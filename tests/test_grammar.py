@@ -263,10 +263,10 @@ def test_what_a_name_says_in_vain_is_noted(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("reference", "sentence"),
     [
-        ("one+two", "models[0].model: one+two: a LoRA after '+' is not supported yet"),
-        ("one@a+two@b", "models[0].model: one@a+two@b: a LoRA after '+' is not supported yet"),
-        ("{model: one, lora: two}", "models[0].model.lora: a LoRA is not supported yet; merge it into"),
-        ("{model: {path: one}, lora: {path: two}}", "models[0].model.lora: a LoRA is not supported yet"),
+        ("one+four", "models[0].model (its LoRA): no such file or folder: "),
+        ("one@a+four@b", "models[0].model (its LoRA): no such file or folder: "),
+        ("{model: one, lora: 3}", "models[0].model.lora: expected text, found a number (3)"),
+        ("{model: {path: one}, lora: {pth: two}}", "models[0].model.lora.path: this key is required"),
         ("{path: one}", "models[0].model.model: this key is required"),
         ("{model: {pth: one}}", "models[0].model.model.path: this key is required"),
         ("{model: {path: 3}}", "models[0].model.model.path: expected text, found a number (3)"),

@@ -27,8 +27,17 @@ LONGEST = 400
 
 # Left never imports right. A prefix stands for everything below it.
 LAYERS = (
-    ("text", "errors", "files", "dtypes", "rule", "job", "version", "_core"),
-    ("parameters", "hub", "references", "recipe_yaml", "recipe_values", "recipe_schema", "recipe"),
+    ("text", "errors", "files", "dtypes", "rule", "job", "version", "adapted", "_core"),
+    (
+        "parameters",
+        "hub",
+        "references",
+        "recipe_yaml",
+        "recipe_values",
+        "recipe_tokenizer",
+        "recipe_schema",
+        "recipe",
+    ),
     ("blending", "methods", "ruling", "explaining"),
     ("checkpoint",),
     (
@@ -40,6 +49,10 @@ LAYERS = (
         "plan_text",
         "plan_checks",
         "plan_memory",
+        "plan_vocabulary",
+        "plan_inputs",
+        "plan_optional",
+        "lora",
     ),
     ("kernels",),
     ("backends",),

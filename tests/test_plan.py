@@ -55,7 +55,8 @@ def test_every_region_holds_the_tensor_s_own_bytes(family: Path) -> None:
     paths = [family / "base", family / "one", family / "two"]
     for job in jobs:
         assert job.base is not None
-        for folder, region in zip(paths, [job.base, *job.experts], strict=True):
+        for folder, region in zip(paths, job.inputs, strict=True):
+            assert isinstance(region, Region)
             path = plan.shards[region.file].path
             entry = read_header(path).tensors[job.name]
             assert path.parent == folder
@@ -356,7 +357,7 @@ def test_a_mixture_of_experts_is_planned_in_seconds(
         refs = {name: TensorRef(0, entry) for name, entry in entries.items()}
         return Checkpoint(path, (Shard(path / "model.safetensors", header),), refs)
 
-    monkeypatch.setattr("pymerge.planner.open_checkpoint", synthetic)
+    monkeypatch.setattr("pymerge.plan_inputs.open_checkpoint", synthetic)
     names = [f"e{k}" for k in range(8)]
     for name in [*names, "base"]:
         (tmp_path / name).mkdir()

@@ -26,6 +26,7 @@ from pymerge.backends.native import Settings
 from pymerge.checkpoint.staging import Staging
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError
+from pymerge.job import Region
 from pymerge.run.device import Mark, Queue
 from pymerge.run.local import execute_plan
 from pymerge.run.on_device import Kernels
@@ -121,9 +122,10 @@ def test_nan_are_counted_and_float64_goes_to_the_cpu(
         write_checkpoint(tmp_path / name, seed, shapes=shapes, dtypes=dtypes)
     broken = tmp_path / "one" / "model.safetensors"
     plan = planned(tmp_path, "task_arithmetic")
-    at = next(job for job in plan.jobs[0] if job.name == "narrow").experts[0].start
+    region = next(job for job in plan.jobs[0] if job.name == "narrow").experts[0]
+    assert isinstance(region, Region)
     with broken.open("r+b") as file:
-        file.seek(at)
+        file.seek(region.start)
         file.write(b"\xc0\x7f" * 5)
     plan = planned(tmp_path, "task_arithmetic")
     summary = execute_plan(plan, tmp_path / "out", Settings(), start=start_with(device, kernels))

@@ -65,6 +65,51 @@ Region make_region(const int64_t* row) {
   return {row[0], int32_t(row[1]), int32_t(row[2]), DType(row[3] < 0 ? int(DType::f32) : int(row[3]))};
 }
 
+std::vector<Region> make_regions(const py::handle& rows) {
+  const Table<int64_t, 4> table(py::reinterpret_borrow<py::buffer>(rows));
+  std::vector<Region> regions;
+  for (size_t i = 0; i < table.rows(); ++i) regions.push_back(make_region(table.row(i)));
+  return regions;
+}
+
+// runs: rows of (first row, terms); terms: rows of (source, its row).
+Rows make_rows(const py::dict& d) {
+  Rows rows;
+  rows.source = make_regions(d["sources"]);
+  rows.averaged = d["averaged"].cast<int64_t>();
+  const Table<int64_t, 2> runs(d["runs"].cast<py::buffer>()), terms(d["terms"].cast<py::buffer>());
+  int64_t next = 0;
+  for (size_t i = 0; i < runs.rows(); ++i) {
+    const int64_t* run = runs.row(i);
+    rows.run.push_back({run[0], run[1], next});
+    next += std::max<int64_t>(run[1], 0);
+  }
+  for (size_t i = 0; i < terms.rows(); ++i) rows.term.push_back({terms.row(i)[0], terms.row(i)[1]});
+  return rows;
+}
+
+// sources: the rows of base, left and right.
+Product make_product(const py::dict& d) {
+  const std::vector<Region> regions = make_regions(d["sources"]);
+  return {regions.at(0),
+          regions.at(1),
+          regions.at(2),
+          d["rows"].cast<int64_t>(),
+          d["rank"].cast<int64_t>(),
+          d["scale"].cast<double>(),
+          d["transposed"].cast<bool>()};
+}
+
+Compound make_compound(const py::dict& d) {
+  Compound compound;
+  compound.width = d["width"].cast<int64_t>();
+  if (d.contains("runs"))
+    compound.made = make_rows(d);
+  else
+    compound.made = make_product(d);
+  return compound;
+}
+
 // One run over a list of jobs. `execute` blocks without the interpreter lock; the others may be called
 // meanwhile.
 class Run {
@@ -72,8 +117,9 @@ class Run {
   // jobs: rows of (count, rule or -1, cast code or -1, inputs, row); outs: one region row per job; given:
   // thresholds per group, or nothing.
   Run(const py::buffer& jobs, const py::buffer& keys, const py::buffer& inputs, const py::buffer& outs,
-      const std::vector<py::dict>& rules, std::vector<std::vector<int64_t>> groups, std::vector<int> files,
-      const py::dict& settings, const CutList& given)
+      const std::vector<py::dict>& rules, const std::vector<py::dict>& compounds,
+      std::vector<std::vector<int64_t>> groups, std::vector<int> files, const py::dict& settings,
+      const CutList& given)
       : groups_(std::move(groups)) {
     const Table<int64_t, 5> job_rows(jobs);
     const Table<int64_t, 4> input_rows(inputs), out_rows(outs);
@@ -81,6 +127,7 @@ class Run {
     if (key_rows.rows() != job_rows.rows() || out_rows.rows() != job_rows.rows())
       throw std::invalid_argument("expected one key and one output for each job");
     for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
+    for (const auto& compound : compounds) run_.compounds.push_back(make_compound(compound));
     run_.files = std::move(files);
     regions_.resize(input_rows.rows());
     for (size_t i = 0; i < regions_.size(); ++i) regions_[i] = make_region(input_rows.row(i));
@@ -117,16 +164,16 @@ class Run {
     s.spill = settings["spill"].cast<int>();
   }
 
-  // None when done, else (job, input, what): input -1 is the output, job -1 no single one; "" means
-  // cancelled.
+  // None when done, else (job, input, file, what): input -1 is the output, job -1 no single one, file -1 that
+  // of the input; "" means cancelled.
   py::object execute() {
     try {
       py::gil_scoped_release release;
       run_jobs(run_, groups_);
     } catch (const StreamError& e) {
-      return py::make_tuple(e.job, e.input, std::string(e.what()));
+      return py::make_tuple(e.job, e.input, e.file, std::string(e.what()));
     } catch (const Cancelled&) {
-      return py::make_tuple(-1, -1, std::string());
+      return py::make_tuple(-1, -1, -1, std::string());
     }
     return py::none();
   }
@@ -172,8 +219,8 @@ class Run {
 void bind_stream(py::module_& m) {
   py::class_<Run>(m, "Run")
       .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, const py::buffer&,
-                    const std::vector<py::dict>&, std::vector<std::vector<int64_t>>, std::vector<int>,
-                    const py::dict&, const CutList&>())
+                    const std::vector<py::dict>&, const std::vector<py::dict>&,
+                    std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&, const CutList&>())
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)

@@ -28,7 +28,7 @@ void copy_equal(RunContext& run, int64_t number, Crew& crew) {
       const Region& region = job.input[input];
       if (region.file == kInMemory) return region.address(first);
       void* to = buffer.reserve(bytes);
-      read_fully(run, number, input, region, first, count, to);
+      read_elements(run, worker, number, input, region, first, count, to);
       return to;
     };
     const void* expected = fetch(0, worker.raw);
@@ -85,7 +85,11 @@ void merge_or_copy(RunContext& run, int64_t number, std::vector<int64_t> jobs, C
 
 void run_group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs, Crew& crew, Buffer* held) {
   merge_or_copy(run, number, jobs, crew, held);
-  for (int64_t job : jobs) run.finished[size_t(job)] = true;
+  for (int64_t number : jobs) {
+    const TensorJob& job = run.jobs[size_t(number)];
+    for (int i = 0; i < job.inputs; ++i) release(run, job.input[i]);
+    run.finished[size_t(number)] = true;
+  }
 }
 
 }  // namespace

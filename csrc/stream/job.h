@@ -11,9 +11,10 @@
 
 namespace pm {
 
-constexpr int kInMemory = -1;
+constexpr int kInMemory = -1, kCompound = -2;
 
-// Contiguous elements: `start` is a byte offset in an open file, or an address when `file` is kInMemory.
+// Contiguous elements: `start` is a byte offset in an open file, an address when `file` is kInMemory, the
+// number of a compound when it is kCompound.
 struct Region {
   int64_t start = 0;
   int32_t file = kInMemory;
@@ -63,13 +64,13 @@ struct Report {
   std::atomic<bool> cancelled{false};
 };
 
-// A fault with its place: which job, which of its inputs (kOutput: the result).
+// A fault with its place: which job, which of its inputs (kOutput: the result), which file (kInMemory: any).
 struct StreamError : std::runtime_error {
   static constexpr int kOutput = -1;
-  StreamError(int64_t job, int input, const std::string& what)
-      : std::runtime_error(what), job(job), input(input) {}
+  StreamError(int64_t job, int input, const std::string& what, int file = kInMemory)
+      : std::runtime_error(what), job(job), input(input), file(file) {}
   int64_t job;
-  int input;
+  int input, file;
 };
 struct Cancelled {};
 

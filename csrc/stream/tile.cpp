@@ -65,11 +65,13 @@ void read_fully(RunContext& run, int64_t job, int input, const Region& region, i
   while (left > 0) {
     const ssize_t got = pread(run.files[size_t(region.file)], at, size_t(left), offset);
     if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw StreamError(job, input, std::string("cannot be read: ") + strerror(errno));
+    if (got < 0)
+      throw StreamError(job, input, std::string("cannot be read: ") + strerror(errno), region.file);
     if (got == 0)
       throw StreamError(job, input,
                         "ends at byte " + std::to_string(offset) + ", " + std::to_string(left) +
-                            " bytes short of what its header promised");
+                            " bytes short of what its header promised",
+                        region.file);
     at += got, offset += got, left -= got;
   }
   if (input != StreamError::kOutput) run.report.bytes_read += count * region.item;
@@ -113,7 +115,7 @@ const void* JobView::load_input(Worker& worker, int input, int64_t first, int64_
     run_.report.bytes_read += count * region.item;
   } else {
     void* to = static_cast<char*>(worker.raw.reserve(slots * items * 8)) + size_t(input) * items * 8;
-    read_fully(run_, number_, input, region, first, count, to);
+    read_elements(run_, worker, number_, input, region, first, count, to);
     source = to;
   }
   if (direct_) return source;
@@ -199,11 +201,7 @@ void JobView::patch(Worker& worker, int64_t origin, int64_t span, const uint32_t
 }
 
 void JobView::advise(int64_t first, int64_t count, int advice) const {
-  for (int i = 0; i < job_->inputs; ++i) {
-    const Region& r = job_->input[i];
-    if (r.file != kInMemory)
-      posix_fadvise(run_.files[size_t(r.file)], r.start + first * r.item, count * r.item, advice);
-  }
+  for (int i = 0; i < job_->inputs; ++i) advise_elements(run_, job_->input[i], first, count, advice);
 }
 
 void JobView::will_need(int64_t first, int64_t count) const { advise(first, count, POSIX_FADV_WILLNEED); }

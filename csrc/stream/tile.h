@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "../cpu/select.h"
+#include "compound.h"
 #include "job.h"
 
 namespace pm {
@@ -33,7 +34,8 @@ struct Tile {
 
 struct Worker {
   Buffer raw, wide, cast, result, narrowed, scratch, chunk, held;
-  Buffer words, keys, bitmaps, scores;  // of masks
+  Buffer words, keys, bitmaps, scores;        // of masks
+  Buffer term, addend, sum, stored, product;  // of compounds
   Tile tile;
   std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
   std::vector<const uint64_t*> mask;      // the bitmap of each expert
@@ -61,6 +63,7 @@ struct RunContext {
   std::vector<int> files;
   std::vector<TensorJob> jobs;
   std::vector<Rule> rules;
+  std::vector<Compound> compounds;
   std::vector<Worker> workers;
   SlabPool slabs;
   std::atomic<int64_t> spilled{0};  // bytes of the spill file in use

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from pymerge.backends.compounds import CompoundTable, dtype_code
 from pymerge.backends.philox import tensor_key
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
-from pymerge.job import IN_MEMORY, Region, TensorJob
+from pymerge.job import IN_MEMORY, TensorJob, regions_of
 from pymerge.rule import Blend, Blending, Fuse, Fusing, Rule, Scope, ThresholdTies, Trim, Vectors
 
 try:
@@ -140,19 +141,20 @@ class NativeRun:
         if scope is Scope.MODEL:
             _check_one_working_type(jobs)
         self._jobs = jobs
-        self._paths = {file.number: file.path for file in files}
+        self._files = files
         # The core numbers the files of this run alone.
         slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
         rows = array("q", [number for job in jobs for number in _job_row(job, rules)])
         keys = array("Q", map(_key, jobs))
-        inputs = _regions((region for job in jobs for region in _inputs(job)), slots)
-        outs = _regions((job.out for job in jobs), slots)
+        compounds = CompoundTable(slots)
+        inputs = compounds.regions(source for job in jobs for source in job.inputs)
+        outs = compounds.regions(job.out for job in jobs)
         groups = _groups(jobs, scope)
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
         self._run = _core.Run(
-            rows, keys, inputs, outs, rules.rows, groups, fds, _settings_row(settings), given
+            rows, keys, inputs, outs, rules.rows, compounds.rows, groups, fds, _settings_row(settings), given
         )
 
     def execute(self) -> Report:
@@ -186,14 +188,15 @@ class NativeRun:
         """Makes `execute` raise Cancelled soon."""
         self._run.cancel()
 
-    def _explain(self, number: int, source: int, what: str) -> Exception:
+    def _explain(self, number: int, source: int, file: int, what: str) -> Exception:
         if not what:
             return Cancelled("the merge was cancelled")
         if number < 0:
             return OutputError(f"temporary file for undecided positions: {what}")
         job = self._jobs[number]
-        region = job.out if source < 0 else _inputs(job)[source]
-        place = "memory" if region.file == IN_MEMORY else self._paths[region.file]
+        region = job.out if source < 0 else next(regions_of(job.inputs[source]))
+        paths = {known.number: known.path for known in self._files}
+        place = self._files[file].path if file >= 0 else paths.get(region.file, "memory")
         error = OutputError if source < 0 else CheckpointError
         return error(f"{place}: tensor {job.name!r}: {what}")
 
@@ -255,17 +258,9 @@ def _fuse_row(fuse: Fusing | None) -> dict[str, object]:
     }
 
 
-def _inputs(job: TensorJob) -> tuple[Region, ...]:
-    return job.experts if job.base is None else (job.base, *job.experts)
-
-
-def _code(dtype: DType | None) -> int:
-    return -1 if dtype is None or dtype.code is None else dtype.code
-
-
 def _job_row(job: TensorJob, rules: _RuleTable) -> tuple[int, int, int, int, int]:
     number = -1 if job.rule is None or job.is_copy else rules.number(job.rule)
-    return job.count, number, _code(job.cast), len(job.experts) + (job.base is not None), job.row
+    return job.count, number, dtype_code(job.cast), len(job.inputs), job.row
 
 
 def _key(job: TensorJob) -> int:
@@ -273,13 +268,6 @@ def _key(job: TensorJob) -> int:
         return 0
     low, high = tensor_key(job.rule.seed, job.name)
     return low | high << 32
-
-
-def _regions(regions: Iterable[Region], slots: Mapping[int, int]) -> array[int]:
-    """Rows of (start, slot, item bytes, dtype code), one after the other."""
-    # Looked up, because a mixture of experts has a third of a million regions.
-    kinds = {dtype: (dtype.itemsize, _code(dtype)) for dtype in DType if dtype.bits % 8 == 0}
-    return array("q", [x for r in regions for x in (r.start, slots[r.file], *kinds[r.dtype])])
 
 
 def _groups(jobs: Sequence[TensorJob], scope: Scope) -> list[list[int]]:
@@ -296,7 +284,7 @@ def _check_one_working_type(jobs: Sequence[TensorJob]) -> None:
     first: dict[bool, TensorJob] = {}
     for job in jobs:
         if job.rule is not None:
-            wide = DType.F64 in ({job.cast} if job.cast else {region.dtype for region in _inputs(job)})
+            wide = DType.F64 in ({job.cast} if job.cast else {region.dtype for region in job.inputs})
             first.setdefault(wide, job)
     if len(first) == 2:
         wide_name, narrow_name = first[True].name, first[False].name

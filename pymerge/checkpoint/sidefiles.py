@@ -124,6 +124,34 @@ def with_layers(config: bytes, layers: Sequence[int]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode("ascii")
 
 
+def with_vocabulary(config: bytes, rows: int) -> bytes:
+    """`config`, JSON already checked, for a vocabulary of `rows` rows."""
+    content = json_object(config)
+    parts = [part for part in (content, content.get("text_config")) if isinstance(part, dict)]
+    for part in [part for part in parts if "vocab_size" in part] or parts[:1]:
+        part["vocab_size"] = rows
+    return (json.dumps(content, indent=2) + "\n").encode("ascii")
+
+
+def vocabulary_of(folder: Path) -> int | None:
+    """The rows of the vocabulary, as far as config.json states them; raises CheckpointError."""
+    config = read_config(folder)
+    text = config.get("text_config")
+    stated = text.get("vocab_size") if isinstance(text, dict) else None
+    found = stated if stated is not None else config.get("vocab_size")
+    return found if type(found) is int else None
+
+
+def without_ties(config: bytes) -> bytes:
+    """`config`, JSON already checked, for a model whose head is not its embedding."""
+    return (json.dumps(json_object(config) | {"tie_word_embeddings": False}, indent=2) + "\n").encode("ascii")
+
+
+def ties_head(folder: Path) -> bool:
+    """Whether config.json says that the head is the embedding; raises CheckpointError."""
+    return read_config(folder).get("tie_word_embeddings") is True
+
+
 def states_layers(config: bytes) -> bool:
     """Whether `config`, JSON already checked, says how many layers the model has."""
     content = json_object(config)

@@ -20,7 +20,7 @@ from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.errors import CheckpointError
 from pymerge.files import open_regular
-from pymerge.job import TensorJob
+from pymerge.job import TensorJob, regions_of
 from pymerge.planner import Plan, bytes_read_by
 from pymerge.rule import Scope
 from pymerge.run.hasher import ShardHasher
@@ -254,8 +254,8 @@ def _open_files(
 
     Raises CheckpointError when an input is not the file that was planned with.
     """
-    needed = {region.file for job in jobs for region in job.experts}
-    needed.update(job.base.file for job in jobs if job.base)
+    sources = (source for job in jobs for source in job.inputs)
+    needed = {region.file for source in sources for region in regions_of(source)}
     with ExitStack() as stack:
         files = []
         for number in sorted(needed):

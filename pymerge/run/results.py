@@ -65,7 +65,8 @@ class Summary:
         if self.on_cpu:
             lines.append(
                 f"merged on the CPU: {self.on_cpu:,} of these tensors, which are float64, merged by a method"
-                " without kernels for GPUs, or too large for the device's memory"
+                " without kernels for GPUs, put together from several places, or too large for the device's"
+                " memory"
             )
         if self.nan_outputs:
             lines.append(f"warning: {self.nan_outputs:,} elements of the result are NaN")

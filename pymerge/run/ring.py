@@ -28,7 +28,7 @@ from pymerge.errors import BackendError, CheckpointError, OutputError
 from pymerge.job import TensorJob
 from pymerge.rule import Rule
 from pymerge.run.device import Device, Mark, Queue
-from pymerge.run.units import Division, Span, Unit, chunks, inputs_of
+from pymerge.run.units import Division, Span, Unit, chunks
 
 T = TypeVar("T")
 # Names, inputs (the base first where the rule has one), results, rule: queues the work on the current stream.
@@ -197,7 +197,7 @@ class Ring:
         rows: dict[int, list[Tensor]] = {number: [] for number in unit.jobs}
         for span in unit.inputs:
             job = self._jobs[span.job]
-            x = _typed(slot, span, inputs_of(job)[len(rows[span.job])].dtype)
+            x = _typed(slot, span, job.inputs[len(rows[span.job])].dtype)
             rows[span.job].append(x if job.cast is None else x.to(_torch_type(job.cast)))
         outs = [_typed(slot, span, job.out.dtype) for span, job in zip(unit.outs, jobs, strict=True)]
         rule = jobs[0].rule

@@ -75,11 +75,6 @@ def divide(
     return Division(tuple(units), slots, tuple(n for n in range(len(jobs)) if n not in on_device))
 
 
-def inputs_of(job: TensorJob) -> tuple[Region, ...]:
-    """The base, where there is one, then the experts."""
-    return job.experts if job.base is None else (job.base, *job.experts)
-
-
 def chunks(spans: Sequence[Span], largest: int) -> Iterator[list[Span]]:
     """The spans, cut where needed, in lists that each take up at most `largest` bytes of the slot."""
     held: list[Span] = []
@@ -102,7 +97,9 @@ def chunks(spans: Sequence[Span], largest: int) -> Iterator[list[Span]]:
 def _has_kernels(job: TensorJob) -> bool:
     if job.rule is None or not job.rule.has_kernels or job.count == 0:
         return False
-    dtypes = {region.dtype for region in (*inputs_of(job), job.out)} | ({job.cast} if job.cast else set())
+    if not all(isinstance(source, Region) for source in job.inputs):
+        return False
+    dtypes = {region.dtype for region in (*job.inputs, job.out)} | ({job.cast} if job.cast else set())
     return dtypes <= DEVICE_DTYPES
 
 
@@ -112,7 +109,7 @@ def _runs(jobs: Sequence[TensorJob], numbers: Sequence[int], most: int) -> Itera
     size = 0
     for number in numbers:
         job = jobs[number]
-        more = sum(region.dtype.itemsize for region in (*inputs_of(job), job.out)) * job.count
+        more = sum(region.dtype.itemsize for region in (*job.inputs, job.out)) * job.count
         if held and (size + more > most or job.rule != jobs[held[0]].rule):
             yield held
             held, size = [], 0
@@ -132,7 +129,7 @@ def _unit(jobs: Sequence[TensorJob], numbers: Sequence[int], work: WorkBytes) ->
         at += -(-size // ALIGNMENT) * ALIGNMENT
         return span
 
-    rows = {number: inputs_of(jobs[number]) for number in numbers}
+    rows = {number: [r for r in jobs[number].inputs if isinstance(r, Region)] for number in numbers}
     width = max(map(len, rows.values()))
     inputs = tuple(placed(n, rows[n][i]) for i in range(width) for n in numbers if i < len(rows[n]))
     outs = tuple(placed(number, jobs[number].out) for number in numbers)
@@ -149,12 +146,12 @@ def _unit(jobs: Sequence[TensorJob], numbers: Sequence[int], work: WorkBytes) ->
 
 def _types_of(job: TensorJob) -> frozenset[DType]:
     """The types that kernels see."""
-    return frozenset({job.cast or region.dtype for region in inputs_of(job)} | {job.out.dtype})
+    return frozenset({job.cast or region.dtype for region in job.inputs} | {job.out.dtype})
 
 
 def _converted_bytes(job: TensorJob, types: frozenset[DType]) -> int:
     """Of the copies that are rounded to `cast`, and of those in f32 where types differ."""
-    inputs = [region.dtype for region in inputs_of(job)]
+    inputs = [region.dtype for region in job.inputs]
     width = job.cast.itemsize * sum(dtype is not job.cast for dtype in inputs) if job.cast else 0
     if len(types) > 1:
         width += DType.F32.itemsize * (len(inputs) + 1)

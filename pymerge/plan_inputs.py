@@ -1,0 +1,110 @@
+"""The models of a plan, opened: plain ones, those with a LoRA, and heads that are the embedding."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pymerge.adapted import Adapted
+from pymerge.checkpoint.index import Checkpoint, open_checkpoint
+from pymerge.checkpoint.sidefiles import ties_head, vocabulary_of
+from pymerge.errors import CheckpointError, ProblemList
+from pymerge.job import Source
+from pymerge.lora import open_adapted
+from pymerge.plan_checks import Input
+from pymerge.plan_rule import Part, identity
+from pymerge.text import shown
+
+# Names of tensors with a row for each token, heads apart.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+_VOCABULARY = re.compile(
+    r"(^|\.)(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|tok_embeddings|tokens_embed|shared"
+    r"|token_embedding|output|final_logits_bias)(\.weight|\.bias)?$"
+)
+
+
+def open_inputs(
+    parts: Sequence[Part],
+    missing: Collection[Path],
+    adapted: Mapping[Path, Adapted],
+    problems: list[str],
+    notes: list[str],
+) -> dict[str, Input]:
+    """The readable inputs: bases first, then the experts; the keys are their identities."""
+    bases = [part.base.path for part in parts if part.base]
+    experts = [entry.path for part in parts for entry in part.experts]
+    merged = set(map(identity, experts))
+    inputs: dict[str, Input] = {}
+    first = 0
+    for path in [*bases, *experts]:
+        key = identity(path)
+        if path in missing or key in inputs:
+            continue
+        try:
+            checkpoint, made = _opened(path, adapted, first)
+        except ProblemList as error:
+            problems.extend(error.problems)
+            continue
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        model = adapted[path].model if path in adapted else path
+        inputs[key] = Input(checkpoint, key not in merged, first, made, model)
+        first += len(checkpoint.shards)
+    return _with_heads(inputs, notes)
+
+
+def _opened(
+    path: Path, adapted: Mapping[Path, Adapted], first: int
+) -> tuple[Checkpoint, Mapping[str, Source]]:
+    return open_adapted(adapted[path], first) if path in adapted else (open_checkpoint(path), {})
+
+
+def _with_heads(inputs: Mapping[str, Input], notes: list[str]) -> dict[str, Input]:
+    """A model whose head is its embedding lends that to others that have a head of their own."""
+    heads = {
+        name: None
+        for source in inputs.values()
+        for name in source.checkpoint.tensors
+        if _HEAD.search(name) and source.checkpoint.tensors[name].entry.dtype.mergeable
+    }
+    if not heads:
+        return dict(inputs)
+    return {key: _with_head(source, list(heads), notes) for key, source in inputs.items()}
+
+
+def _with_head(source: Input, heads: Sequence[str], notes: list[str]) -> Input:
+    tensors = source.checkpoint.tensors
+    lacking = [name for name in heads if name not in tensors]
+    embedding = next((name for name in vocabulary_names(source) if not _HEAD.search(name)), None)
+    if not lacking or embedding is None or not ties_head(source.home):
+        return source
+    for name in lacking:
+        notes.append(f"{source.label} has {shown(embedding)} for {shown(name)}: its config ties the two")
+    more = {name: tensors[embedding] for name in lacking}
+    made = {name: source.made[embedding] for name in lacking if embedding in source.made}
+    checkpoint = source.checkpoint._replace(tensors={**tensors, **more})
+    return source._replace(checkpoint=checkpoint, made={**source.made, **made}, lends=True)
+
+
+def vocabulary_names(source: Input) -> Iterator[str]:
+    """The tensors with a row for each token: by their names, and where the config says how many there are."""
+    stated: int | None = None
+    for name, ref in source.checkpoint.tensors.items():
+        entry = ref.entry
+        if _VOCABULARY.search(name) and entry.dtype.mergeable and entry.shape and entry.count:
+            stated = vocabulary_of(source.home) or 0 if stated is None else stated
+            if entry.shape[0] >= stated:
+                yield name
+
+
+def with_rows(source: Input, names: Sequence[str], rows: int, made: Mapping[str, Source]) -> Input:
+    """An input whose tensors `names` have `rows` rows, which come from `made`."""
+    tensors = dict(source.checkpoint.tensors)
+    for name in names:
+        entry = tensors[name].entry
+        tensors[name] = tensors[name]._replace(entry=replace(entry, shape=(rows, *entry.shape[1:])))
+    checkpoint = source.checkpoint._replace(tensors=tensors)
+    return source._replace(checkpoint=checkpoint, made={**source.made, **made})

@@ -1,0 +1,66 @@
+"""Tensors that some models may lack: each is merged from those that have it, as far as the method can."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from pymerge.methods import Method
+from pymerge.plan_checks import Input, check_pairs, named
+from pymerge.plan_rule import Part
+from pymerge.rule import Blend
+
+# What architectures call optional: biases, heads, poolers, and buffers that newer versions do not save.
+_OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler\.|(^|\.)position_ids$")
+
+
+def lacked(inputs: Sequence[Input]) -> dict[str, tuple[bool, ...]]:
+    """The optional tensors that not every input has, and which have them."""
+    tables = [source.checkpoint.tensors for source in inputs]
+    names = dict.fromkeys(name for table in tables for name in table if _OPTIONAL.search(name))
+    held = {name: tuple(name in table for table in tables) for name in names}
+    return {name: has for name, has in held.items() if not all(has)}
+
+
+def reduced(
+    method: Method,
+    part: Part,
+    inputs: Sequence[Input],
+    held: Mapping[str, tuple[bool, ...]],
+    problems: list[str],
+    notes: list[str],
+) -> dict[tuple[str, ...], tuple[Part, list[Input]]]:
+    """Per group of tensors that the same inputs have, the part that merges them.
+
+    As in mergekit 0.1.5, most methods take those that there are; a blend of one model is that model, and
+    without experts the base stays; model_stock leaves out what too few have; what else is relative to a base
+    needs it. Problems and notes are added.
+    """
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for name, has in held.items():
+        groups.setdefault(has, []).append(name)
+    found = {}
+    for has, names in groups.items():
+        members = [entry for entry, there in zip(part.members, has, strict=True) if there]
+        holders = [source for source, there in zip(inputs, has, strict=True) if there]
+        without = [source.label for source, there in zip(inputs, has, strict=True) if not there]
+        what = f"{named(names)}, which {' and '.join(without)} {'lack' if without[1:] else 'lacks'}"
+        has_base = part.base is not None and has[0]
+        experts = len(members) - has_base
+        alone = has_base and not experts
+        if part.base is None:
+            alone = experts == 1 and method.blend is not None
+        if not alone and ((part.base is not None and not has_base) or experts < method.fewest):
+            if method.blend is Blend.MODEL_STOCK:
+                notes.append(f"left out: {what}")
+            else:
+                problems.append(f"{method.name} cannot merge {what}")
+            continue
+        whose = f"is {holders[0].label}'s" if alone else f"is merged from the {len(holders)} that have it"
+        notes.append(f"{what}: each {whose}")
+        base = part.base if has_base and not alone else None
+        smaller = replace(part, base=base, experts=tuple(members[has_base and not alone :]), copies=alone)
+        check_pairs(holders, [(name,) * len(holders) for name in names], problems)
+        found[tuple(names)] = (smaller, holders)
+    return found
