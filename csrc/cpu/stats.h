@@ -144,10 +144,10 @@ class StatsKernel {
       bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
   }
   PM_HD static void group_magnitudes(const V (&d)[kGroup], Work (&value)[kElements]) {
-    Bits bits[kElements];
-    memcpy(bits, d, sizeof bits);
-    for (int j = 0; j < kElements; ++j) bits[j] &= ~WorkTraits<Work>::sign;
-    memcpy(value, bits, sizeof bits);
+    for (int g = 0; g < kGroup; ++g) {
+      const V size = flip_sign(d[g], sign_bit(d[g]));
+      memcpy(value + g * V::width, &size, sizeof size);
+    }
   }
   PM_HD static void add(const Work (&value)[kElements], int n, int64_t offset, double* lanes) {
     if (kElements % kVirtualLanes == 0 && n == kElements && offset % kVirtualLanes == 0) {

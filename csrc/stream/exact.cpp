@@ -29,7 +29,7 @@ std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew) {
       body(s, keys);
     }
   };
-  DigitSearch<Bits> search(crew, group.piece_count(tile), searches, keys_of);
+  DigitSearch<Bits> search(crew, group.piece_count(tile), searches, keys_of, false);
   const std::vector<RankSearch> found = search.run();
   for (size_t s = 0; s < found.size(); ++s) cuts[size_t(cut_of[s])] = {found[s].prefix, Cut::kAllIndices};
   if (group.rule().all_ties) return cuts;

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "digits.h"
 #include "reduce.h"
 
 namespace pm {
@@ -138,6 +137,11 @@ std::span<const typename Scores<Work>::Bits> Scores<Work>::piece_keys(int member
   return {keys(worker, 0, first, count), size_t(count)};
 }
 
+template <class Work>
+typename DigitSearch<typename Scores<Work>::Bits>::KeysOf Scores<Work>::keys_of() const {
+  return [this](int member, int64_t piece, const auto& body) { body(0, piece_keys(member, piece)); };
+}
+
 // The int(density * n) largest, n counting those that are not zero; of equal ones the lowest index first.
 template <class Work>
 Cut Scores<Work>::cut_by_variance(Crew& crew) {
@@ -150,9 +154,7 @@ Cut Scores<Work>::cut_by_variance(Crew& crew) {
   });
   const int64_t rank = int64_t(std::max(density, 0.0) * double(not_zero.load()));
   if (rank == 0) return Cut::keep_none();
-  DigitSearch<Bits> search(crew, pieces_, {{rank}}, [&](int member, int64_t piece, const auto& body) {
-    body(0, piece_keys(member, piece));
-  });
+  DigitSearch<Bits> search(crew, pieces_, {{rank}}, keys_of(), true);
   const uint64_t key = search.run()[0].prefix;
   const auto place = search.places()[0];
   return {key, uint64_t(place.piece * tile_ + place.at) + 1};
@@ -165,10 +167,7 @@ Cut Scores<Work>::cut_by_importance(Crew& crew) {
   const int64_t size = view_.job().count;
   std::vector<RankSearch> quartiles;
   for (int64_t quarter = 1; quarter <= 3; ++quarter) quartiles.push_back({size - (size - 1) * quarter / 4});
-  DigitSearch<Bits> search(crew, pieces_, quartiles, [&](int member, int64_t piece, const auto& body) {
-    const auto keys = piece_keys(member, piece);
-    for (size_t s = 0; s < 3; ++s) body(s, keys);
-  });
+  DigitSearch<Bits> search(crew, pieces_, quartiles, keys_of(), true);
   const auto found = search.run();
   auto value = [&](int s) { return bit_cast<Work>(Bits(found[size_t(s)].prefix)); };
   const Work fence = value(1) + Work(1.5) * (value(2) - value(0));

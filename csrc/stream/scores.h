@@ -1,7 +1,6 @@
 // Scores of one tensor's elements, and the cut that divides them: what a trim keeps for all experts alike.
 #pragma once
-#include <span>
-
+#include "digits.h"
 #include "tensor_params.h"
 
 namespace pm {
@@ -25,6 +24,7 @@ class Scores {
   Cut cut_by_variance(Crew& crew);
   Cut cut_by_importance(Crew& crew);
   std::span<const Bits> piece_keys(int member, int64_t piece) const;
+  typename DigitSearch<Bits>::KeysOf keys_of() const;
 
   const Group<Work>& group_;
   RunContext& run_;
