@@ -1,0 +1,25 @@
+"""How far bfloat16 results lie from exact arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from parity_blends import blended
+from parity_explain import flat
+from parity_outcomes import nearest
+from parity_run import Merged, Numbers
+
+SIGNIFICANT_BITS, SMALLEST = 8, 2.0**-133
+
+
+def errors(tensor: Merged, merged: torch.Tensor) -> Numbers:
+    """The error of every element, in units of the last place of the exact value.
+
+    Exact is the nearest value that exact arithmetic allows: by any choice among equal magnitudes (of task
+    vectors rounded to bfloat16, which is to mergekit's favour) and by any draw.
+    """
+    values = flat(merged)
+    exact = blended(tensor)[0] if tensor.rule.blend else nearest(tensor, values)
+    unit = np.exp2(np.frexp(exact)[1] - float(SIGNIFICANT_BITS))
+    found: Numbers = np.abs(values - exact) / np.maximum(unit, SMALLEST)
+    return found
