@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bench.recipes import SETUPS, write_recipe
 from made import write_checkpoint
 
 import pymerge
+from bench.recipes import SETUPS, write_recipe
 from pymerge.methods import METHODS
 
 
