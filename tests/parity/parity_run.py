@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,8 +36,18 @@ OWN_EXAMPLES = sorted(EXAMPLES.glob("pymerge-*.yml"))
 SHARED_EXAMPLES = sorted(set(EXAMPLES.glob("*.yml")) - set(OWN_EXAMPLES))
 DRIVER = Path(__file__).with_name("mergekit_driver.py")
 
+# Other versions mean other things by the same recipes.
+MERGEKIT = "0.1.5"
+
+
+def found_mergekit() -> str:
+    """The version that this interpreter would import, without importing it; "" if there is none."""
+    return version("mergekit") if find_spec("mergekit") else ""
+
+
 needs_mergekit = pytest.mark.skipif(
-    find_spec("mergekit") is None, reason="mergekit is not installed: pip install '.[parity]'"
+    found_mergekit() != MERGEKIT,
+    reason=f"needs mergekit {MERGEKIT}, found {found_mergekit() or 'none'}: pip install '.[parity]'",
 )
 
 
