@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.machine import describe
-from bench.recipes import SETUPS, write_recipe
+from bench.recipes import OURS_ALONE, SETUPS, write_recipe
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
 # What bench/torch_merge.py merges.
@@ -232,8 +232,8 @@ def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
             task = Task(folder, SETUPS[method].models(models), method, scope, given.density, params)
             for number in range(given.runs):
                 turn = [tool for tool, runs in tools.items() if number < runs]
-                if scope == "model" and MERGEKIT in turn:
-                    turn.remove(MERGEKIT)  # it has no such scope
+                if (scope == "model" or method in OURS_ALONE) and MERGEKIT in turn:
+                    turn.remove(MERGEKIT)  # it has no such scope or method
                 if method not in IN_TORCH and TORCH in turn:
                     turn.remove(TORCH)
                 rows += [measure(tool, task, number, given) for tool in turn]

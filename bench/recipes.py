@@ -36,6 +36,16 @@ SETUPS: Mapping[str, Setup] = MappingProxyType(
         "dare_ties": Setup(trims=True),
         "breadcrumbs": Setup(trims=True),
         "breadcrumbs_ties": Setup(trims=True),
+        "della": Setup(trims=True),
+        "della_linear": Setup(trims=True),
+        "sce": Setup(weighted=False, shared={"select_topk": 0.5}),
+        "ram": Setup(weighted=False),
+        "ramplus_tl": Setup(weighted=False),
+        "nearswap": Setup(experts=1, weighted=False, shared={"t": 1e-4}),
+        "arcee_fusion": Setup(experts=1, weighted=False),
+        "magmax": Setup(),
+        "emr": Setup(),
+        "consensus": Setup(),
         "slerp": Setup(experts=1, weighted=False, shared={"t": 0.4}),
         "nuslerp": Setup(experts=2),
         "multislerp": Setup(),
@@ -44,6 +54,10 @@ SETUPS: Mapping[str, Setup] = MappingProxyType(
         "passthrough": Setup(experts=1, base=False, weighted=False),
     }
 )
+
+
+# What mergekit 0.1.5 does not have.
+OURS_ALONE = ("magmax", "emr", "consensus")
 
 
 def write_recipe(

@@ -8,7 +8,16 @@ from parity_blends import blended
 from parity_explain import flat
 from parity_outcomes import nearest
 from parity_run import Merged, Numbers
+from parity_settings import ROWS, SETTINGS, has_known_factors
 
+from pymerge.methods import METHODS
+
+# What was drawn shows in a result, but not the factor that each tool makes of it.
+MEASURED = [
+    (method, number)
+    for method, number in ROWS
+    if not METHODS[method].trim.drawn or has_known_factors(SETTINGS[method][number])
+]
 SIGNIFICANT_BITS, SMALLEST = 8, 2.0**-133
 
 

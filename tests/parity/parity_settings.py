@@ -17,22 +17,28 @@ class Setting:
     """One recipe: `each` holds the parameters of every expert, `shared` those of all of them.
 
     `base`: whether the recipe has a base model. `lists_base`: whether it stands among the models too, with
-    the weight 0.25.
+    the weight 0.25. `states_output`: the recipe has an `out_dtype`. `only`: which experts there are.
     """
 
     each: Sequence[Values] = ({"weight": 1.0}, {"weight": 0.5}, {"weight": -0.3})
     shared: Values = field(default_factory=dict)
     base: bool = True
     lists_base: bool = False
+    states_output: bool = False
+    only: Sequence[int] | None = None
 
     def recipe(self, method: str, dtype: str) -> dict[str, object]:
         """What stands in the recipe's file; models lie beside it."""
         models = [{"model": f"expert-{k}", "parameters": dict(own)} for k, own in enumerate(self.each)]
+        if self.only is not None:
+            models = [models[k] for k in self.only]
         if self.lists_base:
             models.insert(1, {"model": "base", "parameters": {"weight": 0.25}})
         recipe: dict[str, object] = {"merge_method": method, "models": models, "dtype": dtype}
         if self.base:
             recipe["base_model"] = "base"
+        if self.states_output:
+            recipe["out_dtype"] = dtype
         if self.shared:
             recipe["parameters"] = dict(self.shared)
         return recipe
@@ -59,6 +65,8 @@ DENSITIES: tuple[Values, ...] = (
     {"weight": 1.0, "density": 0.35},
 )
 
+# Methods that mergekit does not have.
+OURS_ALONE = ("magmax", "emr", "consensus")
 SETTINGS: Mapping[str, Sequence[Setting]] = {
     "linear": (
         Setting(base=False),
@@ -83,11 +91,13 @@ SETTINGS: Mapping[str, Sequence[Setting]] = {
         Setting(weights(1.0, density=0.3)),
         Setting(weights(0.7, 0.4, density=0.5), {"lambda": 0.5}),
         Setting(weights(1.0, 0.5), {"normalize": True}),
+        Setting(weights(0.7, 0.4, 0.3, density=0.6), {"rescale": False}),
     ),
     "dare_ties": (
         Setting(weights(1.0, 0.6, density=0.3)),
         Setting(weights(0.7, 0.4, 0.3, density=0.8), {"normalize": True}),
         Setting(weights(1.0, 0.5, -0.3), {"lambda": 0.5}),
+        Setting(weights(0.7, 0.4, 0.3, density=0.6), {"rescale": False}),
     ),
     "breadcrumbs": (
         Setting(weights(1.0, 0.5, density=0.4)),
@@ -98,6 +108,45 @@ SETTINGS: Mapping[str, Sequence[Setting]] = {
         Setting(weights(1.0, 1.0, 1.0, density=0.6)),
         Setting(weights(1.0, 0.5, -0.3, density=0.3, gamma=0.1), {"rescale": True}),
         Setting(weights(0.5, 0.8, 0.2, 0.4, density=0.7, gamma=0.0), {"normalize": True}),
+    ),
+    "della": (
+        Setting(weights(1.0, 0.6, density=0.4)),
+        Setting(weights(0.7, 0.4, 0.3, density=0.7, epsilon=0.1), {"normalize": False}),
+        Setting(weights(1.0, 0.5, -0.3), {"lambda": 0.5}),
+        Setting(weights(0.7, 0.4, 0.3, density=0.6), {"rescale": False}),
+    ),
+    "della_linear": (
+        Setting(weights(1.0, density=0.4)),
+        Setting(weights(0.7, 0.4, density=0.5, epsilon=0.2), {"lambda": 0.5}),
+        Setting(weights(1.0, 0.5), {"normalize": True}),
+        Setting(weights(0.7, 0.4, 0.3, density=0.6), {"rescale": False}),
+    ),
+    "sce": (
+        Setting(plain(3)),
+        Setting(plain(3), {"select_topk": 0.3}),
+        Setting(plain(4), {"select_topk": 0.75}),
+    ),
+    "ram": (
+        Setting(plain(2)),
+        Setting(plain(4), {"epsilon": 1e-4}),
+        Setting(plain(3), {"epsilon": 0.001}),
+    ),
+    # mergekit's result is float32 whatever the type, unless the recipe says what is written.
+    "ramplus_tl": (
+        Setting(plain(3), states_output=True),
+        Setting(plain(4), {"epsilon": 5e-4, "r": 0.3, "alpha": 0.5}, states_output=True),
+        Setting(plain(2), {"epsilon": 1e-3, "r": 0.5, "alpha": 5.0}, states_output=True),
+    ),
+    "nearswap": (
+        Setting(plain(1), {"t": 1e-4}),
+        Setting(plain(1), {"t": 1e-3}),
+        Setting(plain(1), {"t": [0.0, 0.01]}),
+    ),
+    # Float32 here too.
+    "arcee_fusion": (
+        Setting(plain(1), states_output=True),
+        Setting(({}, {}), base=True, states_output=True, only=(1,)),
+        Setting(({}, {}, {}), base=True, states_output=True, only=(2,)),
     ),
     "slerp": (
         Setting(plain(1), {"t": 0.3}),
@@ -131,5 +180,12 @@ SETTINGS: Mapping[str, Sequence[Setting]] = {
         Setting(({"scale": -1.5},), base=False),
     ),
 }
+
+
+def has_known_factors(setting: Setting) -> bool:
+    """Whether no factor hangs on what was drawn: nothing is dropped, or what is kept is not rescaled."""
+    return not any("density" in own for own in setting.each) or setting.shared.get("rescale") is False
+
+
 # (method, number): what tests are named after and files are called.
 ROWS = [(method, number) for method, settings in SETTINGS.items() for number in range(len(settings))]

@@ -18,13 +18,12 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from parity_errors import errors  # noqa: E402
+from parity_errors import MEASURED, errors  # noqa: E402
 from parity_explain import explain  # noqa: E402
 from parity_run import Both, merged_once, setting_results  # noqa: E402
 from parity_settings import SETTINGS  # noqa: E402
 
 from pymerge.methods import METHODS  # noqa: E402
-from pymerge.rule import Trim  # noqa: E402
 
 
 def results_by_method(results: Path, type_name: str) -> dict[str, list[Both]]:
@@ -40,7 +39,7 @@ def main() -> None:
         results = merged_once(Path(folder))
         print("| method | elements | further than 2 units | why |\n|---|---|---|---|")
         for method, found in results_by_method(results, "float32").items():
-            if METHODS[method].trim is Trim.RANDOM:
+            if METHODS[method].trim.drawn:
                 print(f"| `{method}` | | | random words of their own: distributions are compared |")
                 continue
             reasons: Counter[str] = Counter()
@@ -52,7 +51,8 @@ def main() -> None:
             print(f"| `{method}` | {total:,} | {reasons.total():,} | {why} |")
         print("\n| method | pymerge mean | max | mergekit mean | max |\n|---|---|---|---|---|")
         for method, found in results_by_method(results, "bfloat16").items():
-            tensors = [tensor for both in found for tensor in both.tensors()]
+            measured = [both for number, both in enumerate(found) if (method, number) in MEASURED]
+            tensors = [tensor for both in measured for tensor in both.tensors()]
             cells = []
             for tool in ("ours", "theirs"):
                 off = np.concatenate([errors(tensor, getattr(tensor, tool)) for tensor in tensors])

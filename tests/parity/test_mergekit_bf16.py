@@ -9,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parity_errors import errors
+from parity_errors import MEASURED, errors
 from parity_run import needs_mergekit, setting_results
-from parity_settings import ROWS
 
 pytestmark = needs_mergekit
 
 
-@pytest.mark.parametrize(("method", "number"), ROWS)
+@pytest.mark.parametrize(("method", "number"), MEASURED)
 def test_our_error_is_not_larger(method: str, number: int, results: Path) -> None:
     ours, theirs = [], []
     for tensor in setting_results(results, method, number, "bfloat16").tensors():
