@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from parity_blends import blended
 from parity_explain import flat
-from parity_outcomes import nearest
+from parity_outcomes import UNIT, nearest
 from parity_run import Merged, Numbers
 from parity_settings import ROWS, SETTINGS, has_known_factors
 
@@ -30,5 +30,8 @@ def errors(tensor: Merged, merged: torch.Tensor) -> Numbers:
     values = flat(merged)
     exact = blended(tensor)[0] if tensor.rule.blend else nearest(tensor, values)
     unit = np.exp2(np.frexp(exact)[1] - float(SIGNIFICANT_BITS))
+    # Sums that cancel to less than a float32 rounding of their inputs leave no place to count in.
+    inputs = tensor.experts if tensor.base is None else [tensor.base, *tensor.experts]
+    unit = np.maximum(unit, UNIT * np.max(np.abs(inputs), axis=0))
     found: Numbers = np.abs(values - exact) / np.maximum(unit, SMALLEST)
     return found

@@ -12,7 +12,7 @@ from pymerge.rule import Fuse, Rule, Trim
 
 # How far a float32 variance, and a float32 divergence of two softmaxes, lie from the exact ones.
 VARIANCE = 16 * UNIT
-DIVERGENCE = 16 * UNIT
+DIVERGENCE = 4 * UNIT
 
 
 def fused(tensor: Merged) -> Iterator[Outcome]:

@@ -6,9 +6,10 @@ import dataclasses
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from parity_explain import UNEXPLAINED, explain, ours_is_exact
+from parity_explain import UNEXPLAINED, explain, flat, ours_is_exact
 from parity_run import Both, Merged, needs_mergekit, setting_results
 from parity_settings import OURS_ALONE, ROWS, SETTINGS
 
@@ -75,3 +76,15 @@ def test_both_keep_exactly_k(results: Path) -> None:
             assert int((merged.reshape(-1) != torch.from_numpy(tensor.base).float()).sum()) == wanted, (
                 tensor.name
             )
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_fusion_takes_the_largest_of_each_row(number: int, results: Path) -> None:
+    """Float32 leaves most importances open, but within a row they order like the task vector."""
+    for tensor in setting_results(results, "arcee_fusion", number, "float32").tensors():
+        assert tensor.base is not None
+        size = np.abs(tensor.experts[0] - tensor.base).reshape(-1, tensor.ours.shape[-1])
+        for merged in (tensor.ours, tensor.theirs):
+            taken = (flat(merged) != tensor.base).reshape(size.shape)
+            least = np.where(taken, size, np.inf).min(axis=1)
+            assert (least >= np.where(taken, 0, size).max(axis=1)).all(), tensor.name
