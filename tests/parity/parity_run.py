@@ -91,7 +91,8 @@ class Both:
                 theirs[job.name],
             )
 
-    def _numbers(self, job: TensorJob, region: Region) -> Numbers:
+    def _numbers(self, job: TensorJob, region: object) -> Numbers:
+        assert isinstance(region, Region), "no recipe here has a LoRA or joins vocabularies"
         size = job.count * region.dtype.itemsize
         data = np.fromfile(self.plan.shards[region.file].path, np.uint8, size, offset=region.start)
         stored = torch.from_numpy(data).view(torch_type(region.dtype))
