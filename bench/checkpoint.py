@@ -1,6 +1,7 @@
 """Merges checkpoints from end to end, side by side: pymerge, the floor, the torch reference, mergekit.
 
     python -m bench.checkpoint --dir /dev/shm --mergekit VENV/bin/mergekit-yaml
+    python -m bench.checkpoint --dir /dev/shm --mergekit VENV/bin/mergekit-yaml --methods all
     python -m bench.checkpoint --dir SOME/DISK --fsync
     python -m bench.checkpoint --linear-cost
 
@@ -25,10 +26,12 @@ from pathlib import Path
 from statistics import median
 
 from bench.machine import describe
+from bench.recipes import OURS_ALONE, SETUPS, write_recipe
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
-TRIMMED = ("ties", "dare_linear", "dare_ties")
+# What bench/torch_merge.py merges.
+IN_TORCH = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+ALL = "all"
 COST_EXPERTS = (2, 4, 8, 16)
 FLOOR, OURS, TORCH, MERGEKIT = "floor", "pymerge", "torch reference", "mergekit"
 
@@ -70,23 +73,12 @@ class Task:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The models that the method reads."""
-        return self.models[1:] if self.method == "linear" else self.models
+        return self.models if SETUPS[self.method].base else self.models[1:]
 
     def recipe(self, ours: bool) -> Path:
-        """Mergekit's YAML (JSON is YAML), with our own keys only for us."""
-        parameters = {"weight": 1.0} | ({"density": self.density} if self.method in TRIMMED else {})
-        recipe: dict[str, object] = {
-            "merge_method": self.method,
-            "models": [{"model": str(path), "parameters": parameters} for path in self.models[1:]],
-            "dtype": "bfloat16",
-        }
-        if self.method != "linear":
-            recipe["base_model"] = str(self.models[0])
-        if ours and self.scope != "tensor":
-            recipe["parameters"] = {"scope": self.scope}
-        path = self.folder / "recipe.yml"
-        path.write_text(json.dumps(recipe, indent=1))
-        return path
+        """What the tools merge by, with our own keys only for us."""
+        own = {"scope": self.scope} if ours and self.scope != "tensor" else None
+        return write_recipe(self.folder / "recipe.yml", self.method, self.models, self.density, own)
 
 
 # -- running ------------------------------------------------------------------------------------------------
@@ -230,18 +222,20 @@ def family(folder: Path, parameters: int, experts: int) -> tuple[tuple[Path, ...
 
 def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
     """Every tool on every method and scope; the tools take turns."""
-    models, params = family(folder / "family", int(given.params), given.experts)
+    models, params = family(given.family or folder / "family", int(given.params), given.experts)
     tools: dict[str, int] = {FLOOR: given.runs, OURS: given.runs}
     tools |= {TORCH: 1} if given.reference else {}
     tools |= {MERGEKIT: 1} if given.mergekit else {}
     rows = []
-    for method in given.methods.split(","):
+    for method in SETUPS if given.methods == ALL else given.methods.split(","):
         for scope in given.scopes.split(",") if method == "ties" else ["tensor"]:
-            task = Task(folder, models, method, scope, given.density, params)
+            task = Task(folder, SETUPS[method].models(models), method, scope, given.density, params)
             for number in range(given.runs):
                 turn = [tool for tool, runs in tools.items() if number < runs]
-                if scope == "model" and MERGEKIT in turn:
-                    turn.remove(MERGEKIT)  # it has no such scope
+                if (scope == "model" or method in OURS_ALONE) and MERGEKIT in turn:
+                    turn.remove(MERGEKIT)  # it has no such scope or method
+                if method not in IN_TORCH and TORCH in turn:
+                    turn.remove(TORCH)
                 rows += [measure(tool, task, number, given) for tool in turn]
     return rows
 
@@ -270,9 +264,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Merges checkpoints from end to end, side by side.")
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm"), help="where the families are made")
+    parser.add_argument("--family", type=Path, help="a family that bench.family made; else one is made")
     parser.add_argument("--params", type=float, default=156e6, help="parameters of one model, at least")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--methods", default="ties", help=f"of {','.join(METHODS)}")
+    parser.add_argument("--methods", default="ties", help=f"{ALL}, or of {','.join(SETUPS)}")
     parser.add_argument("--scopes", default="tensor,model", help="for ties")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--runs", type=int, default=5)

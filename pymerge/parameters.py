@@ -64,6 +64,9 @@ class Preset(Enum):
     """Whose semantics the method names carry."""
 
     MERGEKIT = "mergekit"
+    PAPER = "paper"
+    PEFT = "peft"
+    FUSIONBENCH = "fusionbench"
 
 
 def cases_of(scopes: Sequence[Mapping[str, Parameter]], name: str) -> tuple[Case, ...]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pymerge.blending import DEFAULTS
-from pymerge.errors import ProblemList, PymergeError
+from pymerge.errors import ProblemList, PymergeError, RecipeError
 from pymerge.methods import METHODS, Base, Method
 from pymerge.parameters import Case, Gradient, Scalar, cases_of, value_at
+from pymerge.presets import PRESETS, adjusted, defaults_of
 from pymerge.recipe import ModelEntry, Recipe, Slice
-from pymerge.rule import Rule, Scope, ThresholdTies, Trim
+from pymerge.rule import Rule, Scope, Trim
 from pymerge.ruling import rule_for
 from pymerge.text import shown
 
@@ -74,7 +75,17 @@ def parts_of(recipe: Recipe, method: Method | None, problems: list[str], notes: 
         parts.append(_part(part, method, where, problems, notes))
     if method:
         _note_unused(recipe, method, notes)
+        _note_preset(recipe, method, problems, notes)
     return parts
+
+
+def _note_preset(recipe: Recipe, method: Method, problems: list[str], notes: list[str]) -> None:
+    try:
+        differs = defaults_of(recipe.preset, method.name).differs
+    except RecipeError as error:
+        problems.append(str(error))
+    else:
+        notes += [f"preset {recipe.preset.value}: {differs}"] if differs else []
 
 
 def _part(part: Slice, method: Method | None, where: str, problems: list[str], notes: list[str]) -> Part:
@@ -117,6 +128,8 @@ def rules_of(
 ) -> list[Rule] | None:
     """The rule of each origin, equal ones being one object; None when there are problems, which are added."""
     before = len(problems)
+    if method.name not in PRESETS.get(recipe.preset, METHODS):
+        return None  # which is a problem of the parts
     rules: dict[Rule, Rule] = {}
     resolvers = [
         _Resolver(recipe, METHODS["passthrough"] if part.copies else method, part, rules, problems)
@@ -142,6 +155,7 @@ class _Resolver:
     ) -> None:
         self.part = part
         self._recipe, self._method, self._rules, self._problems = recipe, method, rules, problems
+        self._defaults = defaults_of(recipe.preset, method.name)
         scopes = [recipe.scopes(part.slice, entry) for entry in part.experts]
         self._each = {name: [cases_of(scope, name) for scope in scopes] for name in OF_EXPERTS}
         self._all = {name: cases_of(recipe.scopes(part.slice), name) for name in OF_ALL}
@@ -174,24 +188,35 @@ class _Resolver:
             for name, cases in self._each.items()
         }
         all_ = {name: value_at(cases, origin.name, origin.t) for name, cases in self._all.items()}
-        top, method = self._recipe.parameters, self._method
+        top, method, defaults = self._recipe.parameters, self._method, self._defaults
         place = "" if self.is_constant else f" (tensor {shown(origin.name)})"
         for entry, weight in zip(self.part.experts, each["weight"], strict=True):
-            if weight is None and method.weighted:
+            if weight is None and method.weighted and defaults.weight is None:
                 self._say(f"{method.name} needs a weight for {entry.path}", place)
         try:
             # A weight that is missing is taken as 1, so that the other numbers are judged all the same.
+            density = method.density if defaults.density is None else defaults.density
+            densities = [_number(given, density) for given in each["density"]]
+            normalize = _flag(all_["normalize"])
+            weights, lambda_, rescale = adjusted(
+                defaults,
+                [_number(weight, 1.0) for weight in each["weight"]],
+                densities,
+                _number(all_["lambda"], defaults.lambda_),
+                _flag(all_["rescale"]),
+            )
             rule = rule_for(
                 method,
-                weights=[_number(weight, 1.0) for weight in each["weight"]],
-                densities=[_number(density, method.density) for density in each["density"]],
+                weights=weights,
+                densities=densities,
                 gammas=[_number(gamma, method.gamma) for gamma in each["gamma"]],
                 epsilons=[_number(epsilon, method.epsilon) for epsilon in each["epsilon"]],
-                lambda_=_number(all_["lambda"], 1.0),
-                normalize=_flag(all_["normalize"]),
-                rescale=_flag(all_["rescale"]),
-                threshold_ties=_choice(top.get("threshold_ties"), ThresholdTies.FIRST),
-                scope=_choice(top.get("scope"), Scope.TENSOR),
+                lambda_=lambda_,
+                normalize=defaults.normalize if normalize is None else normalize,
+                rescale=rescale,
+                threshold_ties=_choice(top.get("threshold_ties"), defaults.threshold_ties),
+                scope=_choice(top.get("scope"), defaults.scope),
+                one_more=defaults.one_more,
                 seed=self._recipe.seed,
                 names=[str(entry.path) for entry in self.part.experts],
                 options={name: each["scale"][0] if name == "scale" else all_[name] for name in method.own},

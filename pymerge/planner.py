@@ -19,6 +19,7 @@ from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
 from pymerge.job import Product, Region, TensorJob, bytes_of, products_of, row_of
 from pymerge.methods import Method, method_named
+from pymerge.parameters import Preset
 from pymerge.plan_checks import (
     Input,
     check_configs,
@@ -134,6 +135,8 @@ class Plan:
         """The plan in words, one fact a line."""
         # Where tensors have different rules, the lines of the parts say what varies.
         said = [numbers_of(self.method, self.rules[0])] if len(self.rules) == 1 else []
+        preset = self.recipe.preset
+        said = [f"preset {preset.value}", *said] if preset is not Preset.MERGEKIT else said
         lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
         lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
         lines += self.vocabulary.lines if self.vocabulary else ()

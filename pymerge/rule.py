@@ -121,6 +121,7 @@ class Rule:
     `blend`: the coefficients come from the inputs; None: they are the weights. `fuse`: entries become one by
     a formula of their own.
     `copy`: the one input is the result, byte for byte, wherever the type stays.
+    `one_more`: a trim by magnitude keeps one entry more than int(density * n), as the TIES authors' code.
     """
 
     task_vector: bool
@@ -139,11 +140,12 @@ class Rule:
     blend: Blending | None = None
     fuse: Fusing | None = None
     copy: bool = False
+    one_more: bool = False
 
     @property
     def has_kernels(self) -> bool:
         """Whether there are kernels for GPUs that follow it."""
-        known = self.trim in (Trim.NONE, Trim.MAGNITUDE, Trim.RANDOM, Trim.OUTLIERS)
+        known = self.trim in (Trim.NONE, Trim.MAGNITUDE, Trim.RANDOM, Trim.OUTLIERS) and not self.one_more
         return known and self.blend is None and self.fuse is None
 
 
@@ -152,6 +154,7 @@ def check_rule(rule: Rule, backend: str) -> None:
     if not rule.has_kernels:
         special = rule.blend or rule.fuse
         what = special.kind.value if special else rule.trim.value
+        what = "a trim that keeps one entry more than int(density * n)" if rule.one_more else what
         raise BackendError(f"the {backend} backend has no kernels for {what}; the cpu backend has")
 
 

@@ -31,11 +31,12 @@ def rule_for(
     names: Sequence[str] | None = None,
     options: Mapping[str, object] | None = None,
     has_base: bool = False,
+    one_more: bool = False,
 ) -> Rule:
     """The rule of `method` for `len(weights)` experts; None takes the row's default.
 
     `names`: what to call the experts in messages (None: their numbers). `options`: the method's own
-    parameters. `has_base`: there is a base that the experts may be taken relative to.
+    parameters. `has_base`: there is a base that the experts may be taken relative to. `one_more`: see `Rule`.
     What the row does not use (density without a trim, lambda without task vectors) is made neutral.
     Raises RecipeError for one problem, ProblemList for several: counts, ranges, numbers that are not finite.
     """
@@ -83,6 +84,7 @@ def rule_for(
         blend=None if method.blend is None or alone else blending(method.blend, values),
         fuse=None if method.fuse is None else fusing(method.fuse, values),
         copy=alone or values.get("scale") == 1,
+        one_more=one_more and method.trim is Trim.MAGNITUDE,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -56,3 +57,13 @@ def fibers(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     from fibers import build, load
 
     return load(build(tmp_path_factory.mktemp("shim")))
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What pymerge and mergekit made of every recipe of tests/parity; half a minute of merging."""
+    from parity_run import merged_once
+
+    base = tmp_path_factory.getbasetemp()
+    # Processes of one run share the folder above their own.
+    return merged_once(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)

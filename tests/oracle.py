@@ -77,16 +77,17 @@ def keep_masks(
                 if rule.trim is Trim.OUTLIERS:
                     chosen = middle(values, density, rule.gammas[k], rule.threshold_ties)
                 else:
-                    chosen = largest(values, density, rule.threshold_ties)
+                    chosen = largest(values, density, rule.threshold_ties, rule.one_more)
                 for (i, j), keep in zip(where, chosen, strict=True):
                     masks[i][k][j] = keep
     return masks
 
 
-def largest(values: Numbers, density: float, ties: ThresholdTies) -> list[bool]:
+def largest(values: Numbers, density: float, ties: ThresholdTies, one_more: bool = False) -> list[bool]:
     """Which values are among the int(density * n) of largest size, by a full sort."""
     n = len(values)
-    count = n if density >= 1 else 0 if density <= 0 else max(1, int(density * n))
+    fewest = 1 if n else 0
+    count = n if density >= 1 else 0 if density <= 0 else max(fewest, int(density * n) + one_more)
     rank = [(1, 0.0) if math.isnan(v) else (0, abs(v)) for v in values]
     order = sorted(range(n), key=lambda i: (-rank[i][0], -rank[i][1], i))
     if ties is ThresholdTies.ALL and 0 < count <= n:

@@ -38,7 +38,7 @@ LAYERS = (
         "recipe_schema",
         "recipe",
     ),
-    ("blending", "methods", "ruling", "explaining"),
+    ("presets", "blending", "methods", "ruling", "explaining"),
     ("checkpoint",),
     (
         "planner",

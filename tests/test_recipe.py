@@ -163,7 +163,10 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
             with_parameter("threshold_ties: last"),
             "parameters.threshold_ties: 'last' is not known; known are first, all",
         ),
-        (with_top("preset: peft"), "preset: 'peft' is not known; known are mergekit"),
+        (
+            with_top("preset: pefd"),
+            "preset: 'pefd' is not known; known are mergekit, paper, peft, fusionbench",
+        ),
         (with_top("seed: -1"), "seed: expected a number from 0 to 2**64 - 1, found a number (-1)"),
         (with_top("seed: 18446744073709551616"), "seed: expected a number from 0 to 2**64 - 1"),
         (with_top("seed: 1.5"), "seed: expected a whole number, found a number (1.5)"),

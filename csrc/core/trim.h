@@ -18,12 +18,12 @@ PM_HD Mask trim_outliers(Mask reaches, Mask outlier) {
 }
 
 // How many of `size` entries a density keeps: -1 for all, else int(density * size), but at least one unless
-// the density is zero.
-PM_HD int64_t kept_entries(double density, int64_t size) {
+// the density is zero. With `one_more` int(density * size) + 1, as the TIES authors' code keeps.
+PM_HD int64_t kept_entries(double density, int64_t size, bool one_more = false) {
   if (density >= 1) return -1;
   if (density <= 0 || size == 0) return 0;
-  const int64_t kept = int64_t(density * double(size));
-  return kept < 1 ? 1 : kept;
+  const int64_t kept = int64_t(density * double(size)) + one_more;
+  return kept < 1 ? 1 : kept > size ? size : kept;
 }
 
 // At random: words below this are kept.

@@ -27,6 +27,7 @@ Rule make_rule(const py::dict& d) {
   rule.lambda = d["lambda"].cast<double>();
   rule.weight = d["weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
+  rule.one_more = d["one_more"].cast<bool>();
   rule.gamma = d["gammas"].cast<std::vector<double>>();
   rule.epsilon = d["epsilons"].cast<std::vector<double>>();
   rule.fuse = Fuse(d["fuse"].cast<int>());

@@ -23,7 +23,7 @@ Group<Work>::Group(RunContext& run, int64_t number, const std::vector<int64_t>& 
 template <class Work>
 int64_t Group<Work>::rank(int cut) const {
   const size_t k = size_t(expert_of(cut));
-  if (rule().trim != Trim::outliers) return kept_entries(rule().density[k], int64_t(size));
+  if (rule().trim != Trim::outliers) return kept_entries(rule().density[k], int64_t(size), rule().one_more);
   const OutlierRanks ranks = outlier_ranks(rule().density[k], rule().gamma[k], int64_t(size));
   return cut < experts() ? ranks.reached : ranks.dropped;
 }

@@ -25,7 +25,7 @@ struct Region {
 };
 
 struct Rule {
-  bool base = true, elect = true, normalize = true, rescale = false, all_ties = false;
+  bool base = true, elect = true, normalize = true, rescale = false, all_ties = false, one_more = false;
   Trim trim = Trim::none;
   double lambda = 1;
   std::vector<double> weight, density, gamma, epsilon;  // one for each expert, or none

@@ -230,6 +230,7 @@ def _rule_row(rule: Rule) -> dict[str, object]:
             "weights": list(rule.weights),
             "densities": list(rule.densities),
             "gammas": list(rule.gammas),
+            "one_more": rule.one_more,
             "epsilons": list(rule.epsilons),
         }
     )

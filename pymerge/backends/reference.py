@@ -25,12 +25,13 @@ NaN. S is NaN as soon as a kept value is NaN (or +inf meets -inf), and then out 
 finite or not, takes no part; infinities follow IEEE. Output NaNs are one positive quiet pattern: bf16 0x7FC0,
 f16 0x7E00, f32 0x7FC00000, f64 0x7FF8000000000000.
 
-Trim by magnitude. k = int(density * n), a double product truncated, at least 1 if density > 0; density >= 1
-keeps all (no trim, no rescale), density <= 0 keeps none. All NaNs are one magnitude, above infinity
-(payloads do not survive every processor's subtraction). FIRST keeps exactly k, the lowest flat index first
-among equals: a stable descending sort. ALL keeps every magnitude >= the k-th largest. Scope TENSOR counts n
-over one tensor; scope MODEL over all tensors together, flat index = tensors in sorted name order, one
-threshold per expert; where working types differ, magnitudes are compared as f64, which widening leaves exact.
+Trim by magnitude. k = int(density * n), a double product truncated, at least 1 if density > 0, and one more
+(but at most n) with `one_more`; density >= 1 keeps all (no trim, no rescale), density <= 0 keeps none. All
+NaNs are one magnitude, above infinity (payloads do not survive every processor's subtraction). FIRST keeps
+exactly k, the lowest flat index first among equals: a stable descending sort. ALL keeps every magnitude >=
+the k-th largest. Scope TENSOR counts n over one tensor; scope MODEL over all tensors together, flat index =
+tensors in sorted name order, one threshold per expert; where working types differ, magnitudes are compared as
+f64, which widening leaves exact.
 
 Trim with outliers. kept = int(density * n), outliers = min(int(gamma * n), n - kept); density >= 1 keeps
 all. Of the outliers + kept largest magnitudes, in the order above, the outliers are dropped; kept = 0 keeps
@@ -212,7 +213,7 @@ def trim_one(name: str, expert: int, d: Tensor, rule: Rule, row: int = 0) -> Ten
         return torch.from_numpy(words.astype("int64")).to(d.device) < limits
     if rule.trim is Trim.OUTLIERS:
         return select_between(magnitude(d), density, rule.gammas[expert], rule.threshold_ties)
-    return select(magnitude(d), density, rule.threshold_ties)
+    return select(magnitude(d), density, rule.threshold_ties, rule.one_more)
 
 
 def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: Rule) -> list[list[Tensor]]:
@@ -229,9 +230,11 @@ def trim_model(names: Sequence[str], deltas: Sequence[Sequence[Tensor]], rule: R
     return kept
 
 
-def select(magnitudes: Tensor, density: float, ties: ThresholdTies) -> Tensor:
+def select(magnitudes: Tensor, density: float, ties: ThresholdTies, one_more: bool = False) -> Tensor:
     """The mask of the k largest magnitudes, k = int(density * n) and at least 1; density in (0, 1)."""
-    return largest(magnitudes, max(1, int(density * magnitudes.numel())), ties)
+    n = magnitudes.numel()
+    k = int(density * n) + 1 if one_more else max(1, int(density * n))
+    return largest(magnitudes, min(k, n), ties)
 
 
 def select_between(magnitudes: Tensor, density: float, gamma: float, ties: ThresholdTies) -> Tensor:

@@ -1,0 +1,122 @@
+"""Whose meaning a method's name has: what each preset assumes where a recipe is silent, as data.
+
+Where a preset's authors and this program differ all the same, `differs` says so, and a plan shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from pymerge.errors import RecipeError
+from pymerge.parameters import Preset
+from pymerge.rule import Scope, ThresholdTies
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """One method's defaults; None: the method's own (`weight`: it must be given).
+
+    `one_more`: see `Rule`. `by_density`: what is kept is divided by the density, unless the recipe states
+    `rescale`. `plain_vote`: weights neither vote nor divide a mean, so that they must be equal.
+    """
+
+    weight: float | None = None
+    density: float | None = None
+    lambda_: float = 1.0
+    normalize: bool | None = None
+    scope: Scope = Scope.TENSOR
+    threshold_ties: ThresholdTies = ThresholdTies.FIRST
+    one_more: bool = False
+    by_density: bool = False
+    plain_vote: bool = False
+    differs: str = ""
+
+
+CANCELLED = (
+    "where the kept entries cancel exactly the positive ones are elected; the authors' code elects the sign"
+    " that most entries of the model have"
+)
+# PEFT cuts among equals as torch.topk does, which is not specified.
+NONE_KEPT = "of a tensor where density * n is below 1 one entry is kept; peft keeps none"
+_PLAIN = Defaults(weight=1.0)
+_DIVIDED = Defaults(weight=1.0, by_density=True)
+
+# TIES-Merging's own code; DARE's; the page on both says where they differ. K = 20, as the TIES paper has it.
+_PAPER = {
+    "linear": _PLAIN,
+    "task_arithmetic": _PLAIN,
+    "ties": Defaults(
+        weight=1.0,
+        density=0.2,
+        scope=Scope.MODEL,
+        threshold_ties=ThresholdTies.ALL,
+        one_more=True,
+        differs=CANCELLED,
+    ),
+    "dare_linear": _DIVIDED,
+}
+_FUSIONBENCH = _PAPER | {
+    "ties": Defaults(
+        weight=1.0,
+        density=0.2,
+        lambda_=0.3,
+        normalize=False,
+        scope=Scope.MODEL,
+        threshold_ties=ThresholdTies.ALL,
+        one_more=True,
+        differs=CANCELLED,
+    ),
+}
+_PEFT = {
+    "task_arithmetic": Defaults(),
+    "ties": Defaults(plain_vote=True, differs=NONE_KEPT),
+    "dare_linear": Defaults(by_density=True),
+    "dare_ties": Defaults(normalize=True, by_density=True, plain_vote=True),
+}
+PRESETS: Mapping[Preset, Mapping[str, Defaults]] = MappingProxyType(
+    {Preset.PAPER: _PAPER, Preset.PEFT: _PEFT, Preset.FUSIONBENCH: _FUSIONBENCH}
+)
+
+
+def defaults_of(preset: Preset, method: str) -> Defaults:
+    """What `preset` assumes of `method`; RecipeError where it cannot be followed."""
+    if preset is Preset.MERGEKIT:
+        return Defaults()
+    rows = PRESETS[preset]
+    if method in rows:
+        return rows[method]
+    if method == "dare_ties":
+        raise RecipeError(
+            f"preset {preset.value}: dare_ties trims twice there, at random and then by magnitude over the"
+            " whole model, which is not supported; use preset mergekit or peft"
+        )
+    raise RecipeError(f"preset {preset.value} has no {method}; it has {', '.join(rows)}")
+
+
+def adjusted(
+    defaults: Defaults,
+    weights: Sequence[float],
+    densities: Sequence[float],
+    lambda_: float,
+    rescale: bool | None,
+) -> tuple[tuple[float, ...], float, bool | None]:
+    """Weights, lambda and `rescale` that make a rule do what the preset means.
+
+    Raises RecipeError where no weights do: experts that differ while their weights do not vote.
+    """
+    divides = defaults.by_density and rescale is None
+    # Where nothing is kept there is nothing to divide.
+    factors = [1 / density if divides and density > 0 else 1.0 for density in densities]
+    scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    rescale = False if divides else rescale
+    if not defaults.plain_vote:
+        return tuple(scaled), lambda_, rescale
+    if len(set(weights)) > 1 or len(set(factors)) > 1:
+        what = "weights" if len(set(weights)) > 1 else "densities"
+        raise RecipeError(
+            f"preset peft: {what} that differ between experts are not supported, because there they neither"
+            " vote nor divide the mean; give all experts one, or use preset mergekit"
+        )
+    return (1.0,) * len(scaled), lambda_ * scaled[0], rescale
