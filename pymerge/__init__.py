@@ -2,6 +2,7 @@
 
 merge(recipe, out)          checkpoints on disk into a new checkpoint
 plan(recipe)                what that would do, from headers alone
+plan_documents(recipe)      the same for a recipe of several YAML documents
 merge_tensors(base, experts) tensors in memory
 load_recipe, parse_recipe   a Recipe from a file or from text, for merge and plan
 
@@ -15,7 +16,7 @@ from pymerge.version import VERSION as __version__
 TYPE_CHECKING = False  # not typing's: the sooner the command runs, the sooner it can be interrupted quietly
 
 if TYPE_CHECKING:
-    from pymerge.api import merge, plan
+    from pymerge.api import merge, plan, plan_documents
     from pymerge.dtypes import DType
     from pymerge.errors import PymergeError
     from pymerge.planner import Plan
@@ -35,6 +36,7 @@ __all__ = [
     "merge_tensors",
     "parse_recipe",
     "plan",
+    "plan_documents",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "merge_tensors": "pymerge.tensors",
     "parse_recipe": "pymerge.recipe",
     "plan": "pymerge.api",
+    "plan_documents": "pymerge.api",
 }
 
 

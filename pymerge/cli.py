@@ -19,6 +19,7 @@ from pymerge.text import printable
 from pymerge.version import VERSION
 
 if TYPE_CHECKING:
+    from pymerge.plan_chain import Stage
     from pymerge.planner import Plan
 
 EXIT_DIFFERENT = 1
@@ -147,6 +148,12 @@ def _shared(command: Any) -> Any:
             "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output file."
         ),
         click.option("--dtype", metavar="TYPE", help="Element type of the output, before the recipe's."),
+        click.option(
+            "--intermediate-dir",
+            type=_PATH,
+            metavar="DIR",
+            help="Where documents that have names are merged, DIR/NAME.  [default: OUT.parts]",
+        ),
         click.option("--threads", type=click.IntRange(1, 1024), help="Workers.  [default: processors]"),
         click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB."),
         click.option("--json", "as_json", is_flag=True, help="Print JSON."),
@@ -180,6 +187,7 @@ def merge(
     out: Path,
     max_shard_size: str,
     dtype: str | None,
+    intermediate_dir: Path | None,
     threads: int | None,
     max_memory: str | None,
     as_json: bool,
@@ -190,32 +198,38 @@ def merge(
 ) -> None:
     """Merge as the YAML file RECIPE says into the new folder OUT.
 
-    OUT appears complete or not at all. An interrupted merge continues when the same command runs again.
+    OUT appears complete or not at all. An interrupted merge continues when the same command runs again. Of
+    several YAML documents those that have names are merged first, and stay in DIR.
     """
-    from pymerge.api import plan as make_plan
-    from pymerge.backends.native import Isa
-    from pymerge.run.local import execute_plan
-    from pymerge.run.progress import Bar, Silent
+    from pymerge.api import plan_documents
+    from pymerge.backends.native import Isa, Settings
     from pymerge.run.settings import settings_for, start_for
+    from pymerge.run.stages import execute_stages
 
     known = {member.name.lower(): member for member in Isa}
     if isa not in known:
         raise click.UsageError(f"--isa {isa} is not known; known are {', '.join(known)}")
-    planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
+    stages = plan_documents(
+        recipe, out, intermediate_dir=intermediate_dir, max_shard_size=max_shard_size, dtype=dtype
+    )
     memory = _size(max_memory)
-    settings = settings_for(planned, threads=threads, max_memory=memory, tile=tile, isa=known[isa])
+
+    def settings_of(planned: Plan) -> Settings:
+        return settings_for(planned, threads=threads, max_memory=memory, tile=tile, isa=known[isa])
+
     start = start_for(backend, threads=threads, max_memory=memory)
     if not (quiet or as_json):
-        _show_notes(planned)
-    if quiet:
-        summary = execute_plan(planned, out, settings, Silent(), start)
-    else:
-        with Bar(sys.stderr) as bar:
-            summary = execute_plan(planned, out, settings, bar, start)
+        _show_notes(stages)
+    found = []
+    for stage, summary in execute_stages(stages, settings_of, start, None if quiet else sys.stderr):
+        target = stage.out or out
+        found.append({"name": stage.name, **(summary.as_dict() if summary else {"out": str(target)})})
+        if not (quiet or as_json):
+            _say_last(target, summary.describe() if summary else f"{target}: merged before, kept")
     if as_json:
-        _say_last(out, json.dumps(summary.as_dict(), indent=2))
-    elif not quiet:
-        _say_last(out, summary.describe())
+        *before, last = found
+        del last["name"]
+        _say_last(out, json.dumps({**last, "intermediates": before} if before else last, indent=2))
 
 
 @main.command()
@@ -227,26 +241,34 @@ def plan(
     out: Path | None,
     max_shard_size: str,
     dtype: str | None,
+    intermediate_dir: Path | None,
     threads: int | None,
     max_memory: str | None,
     as_json: bool,
 ) -> None:
     """Show what merging RECIPE (into OUT) would do; reads headers only and reports every problem at once."""
-    from pymerge.api import plan as make_plan
+    from pymerge.api import plan_documents
     from pymerge.plan_memory import budget
 
-    planned = make_plan(recipe, out, max_shard_size=max_shard_size, dtype=dtype)
-    shares = budget(planned, threads, _size(max_memory))
-    if as_json:
-        memory = {"memory": shares.total, "memory_with_gpu": shares.total_with_gpu}
-        _say(json.dumps({**planned.summary(), **memory, "threads": shares.threads}, indent=2))
-        return
-    _say(planned.describe())
-    _say(
-        f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter;"
-        f" at most {shares.total_with_gpu:,} with a GPU backend"
+    stages = plan_documents(
+        recipe, out, intermediate_dir=intermediate_dir, max_shard_size=max_shard_size, dtype=dtype
     )
-    _show_notes(planned)
+    numbers, texts = [], []
+    for stage in stages:
+        shares = budget(stage.planned, threads, _size(max_memory))
+        memory = {"memory": shares.total, "memory_with_gpu": shares.total_with_gpu}
+        numbers.append({**stage.summary(), **memory, "threads": shares.threads})
+        title = f"document     {stage.name or 'the output'}\n" if len(stages) > 1 else ""
+        texts.append(
+            f"{title}{stage.describe()}\n"
+            f"memory       {shares.total:,} bytes for {shares.threads} threads, beside the interpreter;"
+            f" at most {shares.total_with_gpu:,} with a GPU backend"
+        )
+    if as_json:
+        _say(json.dumps({"documents": numbers} if len(stages) > 1 else numbers[0], indent=2))
+        return
+    _say("\n\n".join(texts))
+    _show_notes(stages)
 
 
 @main.command()
@@ -330,9 +352,11 @@ def diff(a: Path, b: Path, everything: bool, as_json: bool) -> None:
         sys.exit(EXIT_DIFFERENT)
 
 
-def _show_notes(planned: Plan) -> None:
-    for note in planned.notes:
-        _say(f"note: {note}", err=True)
+def _show_notes(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        where = f"{stage.name}: " if stage.name else ""
+        for note in stage.notes:
+            _say(f"note: {where}{note}", err=True)
 
 
 def _size(text: str | None) -> int | None:

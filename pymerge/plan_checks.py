@@ -11,6 +11,7 @@ from typing import NamedTuple
 from pymerge.checkpoint.header import TensorEntry
 from pymerge.checkpoint.index import Checkpoint, TensorRef
 from pymerge.checkpoint.sidefiles import read_config
+from pymerge.checkpoint.staging import PARTIAL
 from pymerge.dtypes import DType
 from pymerge.errors import CheckpointError
 from pymerge.job import Region, Source
@@ -215,11 +216,21 @@ def free_bytes(out: Path) -> int:
     target = _real(out)
     state = os.statvfs(_existing_parent(target))
     used = 0
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     if partial.is_dir():
         with os.scandir(partial) as entries:
             used = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
     return state.f_bavail * state.f_frsize + used
+
+
+def device_of(out: Path) -> int:
+    """The file system that `out` will lie on."""
+    return os.stat(_existing_parent(_real(out))).st_dev
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether `path` is the folder, or below it."""
+    return _real(path).is_relative_to(_real(folder))
 
 
 def _real(path: Path) -> Path:

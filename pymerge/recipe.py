@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from pymerge.adapted import Adapted, TokenizerRule
@@ -18,6 +19,7 @@ from pymerge.errors import ProblemList, RecipeError
 from pymerge.files import read_file
 from pymerge.parameters import Parameter, Preset
 from pymerge.references import locate
+from pymerge.text import printable, shown
 
 if TYPE_CHECKING:
     from pymerge.recipe_schema import ModelData, ModuleData, RecipeData
@@ -119,38 +121,90 @@ class Draft(NamedTuple):
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe file; relative model paths start at its folder, then at the working directory.
 
-    Raises RecipeError (unreadable, not YAML) or ProblemList (everything else, all at once).
+    Raises RecipeError (unreadable, not one YAML document) or ProblemList (everything else, all at once).
     """
-    return load_draft(Path(path)).checked()
+    return single(load_documents(Path(path))).draft().checked()
 
 
 def parse_recipe(text: str, folder: Path | str) -> Recipe:
     """Parse recipe YAML; relative model paths start at `folder`, then at the working directory.
 
-    Raises RecipeError (not YAML) or ProblemList (everything else, all at once).
+    Raises RecipeError (not one YAML document) or ProblemList (everything else, all at once).
     """
-    return parse_draft(text, Path(folder)).checked()
+    return single(parse_documents(text, Path(folder))).draft().checked()
 
 
-def load_draft(path: Path) -> Draft:
-    """`load_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
+class Document(NamedTuple):
+    """One YAML document of a recipe: the `number`-th, read from `folder`; `value`: what its text says.
+
+    `name`: what later documents call its merge; None: its merge is the output.
+    """
+
+    number: int
+    name: str | None
+    text: str
+    value: object
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"document {self.number}" + (f" ({printable(self.name)})" if self.name else "")
+
+    def draft(self, named: Mapping[str, Path] = MappingProxyType({})) -> Draft:
+        """The recipe that it is; `named`: where merges lie that have names. Raises RecipeError."""
+        return _draft(self, named)
+
+
+def load_documents(path: Path) -> tuple[Document, ...]:
+    """The documents of a recipe file. Raises RecipeError: unreadable, or not YAML."""
     data = read_file(path, MAX_RECIPE_BYTES, RecipeError)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"recipe {path} is not UTF-8 text (byte {error.start})") from error
-    return parse_draft(text, path.parent)
+    return parse_documents(text, path.parent)
 
 
-def parse_draft(text: str, folder: Path) -> Draft:
-    """`parse_recipe`, but what is wrong inside the recipe is left to the caller. Raises RecipeError."""
-    from pymerge.recipe_schema import validate
-    from pymerge.recipe_tokenizer import references_of, rule_of, tokenizer_data
+def parse_documents(text: str, folder: Path) -> tuple[Document, ...]:
+    """The documents of recipe YAML; where all have names, the last one is the output all the same.
+
+    Raises RecipeError: not YAML.
+    """
     from pymerge.recipe_yaml import read_yaml
 
-    document = read_yaml(text)
+    found = [
+        Document(number, name_of(value), part, value, folder)
+        for number, (part, value) in enumerate(read_yaml(text), 1)
+    ]
+    if all(document.name for document in found):
+        found[-1] = found[-1]._replace(name=None)
+    return tuple(found)
+
+
+def name_of(value: object) -> str | None:
+    """The name that a document gives itself, right or wrong."""
+    name = value.get("name") if isinstance(value, dict) else None
+    return None if name is None else str(name)
+
+
+def single(documents: Sequence[Document]) -> Document:
+    """The only document; RecipeError where there are several."""
+    if len(documents) > 1:
+        raise RecipeError(
+            f"the recipe has {len(documents)} YAML documents, expected one; pymerge.merge and"
+            " pymerge.plan_documents take several"
+        )
+    return documents[0]
+
+
+def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
+    from pymerge.recipe_schema import validate
+    from pymerge.recipe_tokenizer import references_of, rule_of, tokenizer_data
+
+    text, folder = document.text, document.folder
     try:
-        data, problems, unusable = validate(document)
+        data, problems, unusable = validate(document.value)
     except (RecursionError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise RecipeError(f"the recipe cannot be read: {type(error).__name__}") from error
     # A slice that is wrong says nothing of the others' layers either.
@@ -158,11 +212,13 @@ def parse_draft(text: str, folder: Path) -> Draft:
         return Draft(None, tuple(problems))
     where, module = _module(data)
     notes: list[str] = []
+    if data["name"] is not None and document.name is None:
+        notes.append(f"name {shown(data['name'])} has no effect: this merge is the output")
     tokenizer = tokenizer_data(data["tokenizer"], data["tokenizer_source"])
-    named = (*_references(data, where, module), *references_of(tokenizer))
-    references = {place: reference for place, reference in named if place not in unusable}
+    places = (*_references(data, where, module), *references_of(tokenizer))
+    references = {place: reference for place, reference in places if place not in unusable}
     adapted: dict[Path, Adapted] = {}
-    found = locate(references, folder, problems, notes, adapted)
+    found = locate(references, folder, problems, notes, adapted, named)
     missing: set[Path] = set()
 
     def path_of(reference: Reference, place: str) -> Path:

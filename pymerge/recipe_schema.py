@@ -38,8 +38,6 @@ from pymerge.recipe_values import (
 )
 from pymerge.rule import Scope, ThresholdTies
 
-# Keys of mergekit's grammar that this version refuses by name.
-UNSUPPORTED_KEYS = ("name",)
 # Exactly one of them says what is merged.
 STACKS = ("models", "slices", "modules")
 
@@ -72,6 +70,7 @@ class ModuleData(TypedDict):
 class RecipeData(ModuleData):
     """A checked recipe, every key present; `parameters` hold what the recipe states."""
 
+    name: str | None
     merge_method: str
     modules: dict[str, ModuleData] | None
     base_model: Reference | None
@@ -137,6 +136,7 @@ RECIPE = {
     "tokenizer": optional(TOKENIZER),
     "tokenizer_source": optional(REFERENCE),
     "chat_template": optional(TEXT),
+    "name": optional(TEXT),
 }
 
 
@@ -152,10 +152,9 @@ def validate(data: object) -> tuple[RecipeData | None, list[str], set[str]]:
     """
     if not isinstance(data, dict):
         return None, [f"a recipe is a mapping with merge_method and models, not {_kind(data)}"], set()
-    problems = [f"{key} is not supported yet" for key in UNSUPPORTED_KEYS if key in data]
-    kept = {key: value for key, value in data.items() if key not in UNSUPPORTED_KEYS}
+    problems: list[str] = []
     unusable: set[str] = set()
-    kept = _without_null_parameters(kept)
+    kept = _without_null_parameters(data)
     try:
         return _whole(_grammar().validate_python(kept), problems), problems, unusable
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""The recipe's YAML: one document, no key twice, numbers as in YAML 1.2; imported only when one is read."""
+"""The recipe's YAML: its documents, no key twice, numbers as in YAML 1.2; imported only when one is read."""
 
 from __future__ import annotations
 
@@ -43,22 +43,26 @@ for _first in "-+0123456789":
     _Loader.yaml_implicit_resolvers[_first] = [("tag:yaml.org,2002:str", _BASE_60), *_dated]
 
 
-def read_yaml(text: str) -> object:
-    """The one YAML document in `text`; RecipeError when it is none, several, or has duplicate keys."""
+def read_yaml(text: str) -> list[tuple[str, object]]:
+    """Text and value of every YAML document in `text` that is not empty; each text goes up to the next.
+
+    Raises RecipeError when there is none, or what is there is no YAML or gives a key twice.
+    """
     loader = None
+    starts: list[int] = []
+    values: list[object] = []
     try:
         loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
+        while loader.check_node():
+            start = loader.peek_event().start_mark.index  # type: ignore[no-untyped-call]
+            value = loader.construct_document(loader.get_node())
+            if value is not None:
+                starts.append(start if starts else 0)
+                values.append(value)
+        if not values:
             raise RecipeError("the recipe is empty")
-        return loader.construct_document(node)
-    except yaml.composer.ComposerError as error:
-        if "single document" in str(error):
-            raise RecipeError(
-                "recipes of several YAML documents are not supported: write each document as a recipe of its"
-                " own, and list the folder that one gives as a model of the next"
-            ) from error
-        raise RecipeError(_yaml_sentence(error)) from error
+        ends = [*starts[1:], len(text)]
+        return [(text[a:b], value) for a, b, value in zip(starts, ends, values, strict=True)]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(

@@ -21,10 +21,12 @@ def locate(
     problems: list[str],
     notes: list[str],
     adapted: dict[Path, Adapted],
+    named: Mapping[str, Path],
 ) -> dict[str, Path]:
-    """The existing path of each reference; keys are the places in the recipe.
+    """The path of each reference; keys are the places in the recipe.
 
-    A relative path starts at `folder`, then at the working directory. What cannot be found is a problem. The
+    `named`: where the merges that other documents name lie, or will lie. Else the path must exist: a relative
+    one starts at `folder`, then at the working directory. What cannot be found is a problem. The
     hub is asked last, and only if there is no other problem: a download may take hours. A model with a LoRA
     gets a path that stands for both, which `adapted` then explains.
     """
@@ -38,7 +40,7 @@ def locate(
             if part is None:
                 continue
             name, revision = _split(part, folder)
-            path = _local(name, folder)
+            path = named.get(name) or _local(name, folder)
             if path is not None:
                 parts[place] = path
                 if revision is not None:

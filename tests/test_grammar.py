@@ -370,7 +370,11 @@ def test_without_the_library_the_sentence_says_so(folder: Path, monkeypatch: pyt
     )
 
 
-def test_several_documents_name_the_alternative(folder: Path) -> None:
-    text = "merge_method: linear\nmodels: [{model: one}]\n"
-    with pytest.raises(RecipeError, match="list the folder that one gives as a model of the next"):
+def test_a_recipe_is_one_document_and_its_name_has_no_effect(folder: Path) -> None:
+    text = "name: mine\nmerge_method: linear\nmodels: [{model: one}]\n"
+    with pytest.raises(RecipeError, match="has 2 YAML documents, expected one"):
         parse_recipe(f"{text}---\n{text}", folder)
+    for around in (text, f"---\n{text}", f"{text}---\n", f"{text}...\n---\n# nothing\n"):
+        recipe = parse_recipe(around, folder)
+        assert recipe.notes == ("name 'mine' has no effect: this merge is the output",)
+        assert recipe.text == around

@@ -52,6 +52,7 @@ LAYERS = (
         "plan_vocabulary",
         "plan_inputs",
         "plan_optional",
+        "plan_chain",
         "lora",
     ),
     ("kernels",),

@@ -18,9 +18,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -38,16 +37,24 @@ from pymerge.checkpoint.durable import (
     writing,
 )
 from pymerge.checkpoint.layout import ShardLayout
-from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME, Record, is_record, read_object, records_of
+from pymerge.checkpoint.manifest import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    Record,
+    differences,
+    is_record,
+    read_object,
+    records_of,
+)
 from pymerge.errors import CheckpointError, OutputError, PymergeError
 from pymerge.files import Malformed, hash_file
 from pymerge.text import shown
 
 LOCK_NAME = ".lock"
+PARTIAL = ".partial"
 
 _DONE = ".done"
 _LOCK_ATTEMPTS = 5
-_DIFFERENCES_SHOWN = 5
 
 
 class Staging:
@@ -260,7 +267,7 @@ class Staging:
 
 
 def _folder_of(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
+    return out.with_name(out.name + PARTIAL)
 
 
 def _lock_last(name: str) -> tuple[bool, bool, str]:
@@ -287,34 +294,12 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _refuse_difference(folder: Path, found: Any, plan: Mapping[str, Any]) -> None:
-    lines = list(_differences("", found, plan))
-    if lines and all(line.startswith("outputs.") for line in lines):
-        count = len(found["outputs"]), len(plan["outputs"])  # all the same but for how it is divided
-        lines = [f"by --max-shard-size the output was {count[0]:,} files, now {count[1]:,}"]
+    lines = differences(found, plan)
     if lines:
-        more = [f"and {len(lines) - _DIFFERENCES_SHOWN} more"] if len(lines) > _DIFFERENCES_SHOWN else []
         raise OutputError(
-            f"{folder}: the folder holds an unfinished run of another plan"
-            f" ({'; '.join([*lines[:_DIFFERENCES_SHOWN], *more])}); remove it to start anew"
+            f"{folder}: the folder holds an unfinished run of another plan ({'; '.join(lines)}); remove it to"
+            " start anew"
         )
-
-
-def _differences(where: str, old: Any, new: Any) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(f"{where}.{key}" if where else key, old.get(key), new.get(key))
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for number, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from _differences(f"{where}[{number}]", before, after)
-    elif isinstance(old, str) and isinstance(new, str) and "\n" in old + new:
-        lines = zip_longest(old.splitlines(), new.splitlines())
-        yield from (_change(f"{where} line {i}", a, b) for i, (a, b) in enumerate(lines, 1) if a != b)
-    elif old != new:
-        yield _change(where, old, new)
-
-
-def _change(where: str, old: Any, new: Any) -> str:
-    return f"{where}: was {shown(old)}, now {shown(new)}"
 
 
 def _take_lock(out: Path) -> int:
