@@ -95,7 +95,7 @@ def notes_of(recipe: Recipe, origins: Sequence[Origin]) -> Iterator[str]:
 
 def _stated_parameters(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:
     """Every parameter wherever it is given, as cases."""
-    scopes = [recipe.parameters, recipe.module]
+    scopes = [recipe.parameters, *(module.module for _, module in recipe.split)]
     for part in recipe.stack:
         scopes += [part.parameters, *(entry.parameters for entry in part.sources)]
     for scope in scopes:

@@ -24,19 +24,18 @@ from pymerge.plan_checks import (
     Input,
     check_configs,
     check_output,
-    check_tensors,
-    check_working_types,
     free_bytes,
 )
 from pymerge.plan_inputs import open_inputs
-from pymerge.plan_optional import lacked, reduced
-from pymerge.plan_rule import Part, donor_path, identity, parts_of, rules_of
+from pymerge.plan_modules import examine_modules, parts_of_modules
+from pymerge.plan_rule import Part, donor_path
 from pymerge.plan_side import carried, side_files
-from pymerge.plan_stack import Outline, stacked, whole
-from pymerge.plan_text import describe_parts, notes_of, uses_gradients
+from pymerge.plan_stack import Outline
+from pymerge.plan_text import describe_parts, notes_of
 from pymerge.plan_vocabulary import Vocabulary, remap
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
+from pymerge.text import shown
 from pymerge.version import NUMERICS_VERSION, VERSION
 
 T = TypeVar("T")
@@ -138,7 +137,12 @@ class Plan:
         preset = self.recipe.preset
         said = [f"preset {preset.value}", *said] if preset is not Preset.MERGEKIT else said
         lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
-        lines += describe_parts(self.recipe, self.method, self.parts, self.counts)
+        at = 0
+        for name, module in self.recipe.split:
+            end = at + len(module.stack)
+            lines += [f"module       {shown(name)}"] if name else []
+            lines += describe_parts(module, self.method, self.parts[at:end], self.counts[at:end])
+            at = end
         lines += self.vocabulary.lines if self.vocabulary else ()
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
@@ -161,7 +165,8 @@ class Plan:
             "experts": [str(source.checkpoint.path) for source in self.inputs if not source.is_base],
             "tensors": self.tensors,
             "elements": self.elements,
-            "slices": len(self.recipe.slices),
+            "slices": sum(len(module.slices) for _, module in self.recipe.split),
+            "modules": list(self.recipe.modules),
             "shards": len(self.layouts),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
@@ -201,15 +206,17 @@ def make_plan(
 class _Found(NamedTuple):
     """What a sound recipe names, and what lies there.
 
-    `members`: the inputs of each part; `rules`: one for each origin of the outline.
+    `main`: the parts without those for tensors that some inputs lack. `members`: the inputs of each part;
+    `rules`: one for each origin of the outline.
     """
 
     method: Method
-    parts: list[Part]
+    parts: Sequence[Part]
+    main: Sequence[Part]
     inputs: list[Input]
-    members: list[list[Input]]
+    members: Sequence[Sequence[Input]]
     outline: Outline
-    rules: list[Rule]
+    rules: Sequence[Rule]
     side_files: dict[str, bytes]
     notes: list[str]
     vocabulary: Vocabulary | None
@@ -222,63 +229,39 @@ def _examine(
     notes = list(recipe.notes)
     # A draft without a method says so itself.
     method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
-    parts = parts_of(recipe, method, problems, notes)
-    inputs = open_inputs(parts, missing, recipe.adapted, problems, notes)
+    parts = parts_of_modules(recipe, method, problems, notes)
+    inputs = open_inputs([part for some in parts for part in some], missing, recipe.adapted, problems, notes)
     check_configs(list(inputs.values()), problems)
     donor = donor_path(recipe)
     vocabulary = None
     if not problems:
         inputs, vocabulary = remap(recipe, inputs, donor, problems)
-    members, outline = _outline(recipe, method, parts, inputs, problems, notes)
-    rules = rules_of(recipe, method, parts, outline.origins, problems) if method else None
-    if rules and rules[0].scope is Scope.MODEL:
-        check_working_types(members[0], recipe.dtype, problems)
+    merged = examine_modules(recipe, method, parts, inputs, problems, notes)
     unties = any(source.lends and source.home == donor for source in inputs.values())
     side_files = (
         {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary, unties))
     )
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
-    if method is None or rules is None or side_files is None:
+    if method is None or merged.rules is None or side_files is None:
         return None
-    notes += notes_of(recipe, outline.origins)
+    notes += notes_of(recipe, merged.outline.origins)
     config = side_files.get(CONFIG_NAME)
-    if outline.layers and config is not None and not states_layers(config):
-        notes.append(f"config.json states no number of layers; the output has {len(outline.layers)}")
+    layers = merged.outline.layers
+    if layers and config is not None and not states_layers(config):
+        notes.append(f"config.json states no number of layers; the output has {len(layers)}")
     return _Found(
-        method, parts, list(inputs.values()), members, outline, rules, side_files, notes, vocabulary
+        method,
+        merged.parts,
+        merged.main,
+        list(inputs.values()),
+        merged.members,
+        merged.outline,
+        merged.rules,
+        side_files,
+        notes,
+        vocabulary,
     )
-
-
-def _outline(
-    recipe: Recipe,
-    method: Method | None,
-    parts: list[Part],
-    inputs: Mapping[str, Input],
-    problems: list[str],
-    notes: list[str],
-) -> tuple[list[list[Input]], Outline]:
-    """The inputs of each part, and the output; nothing of it where anything is wrong with them.
-
-    Parts for the tensors that some inputs lack are added.
-    """
-    before = len(problems)
-    if not recipe.slices:
-        readable = list(inputs.values())
-        lacking = lacked(readable) if method and len(readable) == len(parts[0].members) else {}
-        names = check_tensors(readable, lacking, problems)
-        if not readable or len(problems) > before:
-            return [readable], Outline()
-        more = reduced(method, parts[0], readable, lacking, problems, notes) if method else {}
-        parts += [part for part, _ in more.values()]
-        members = [readable, *(holders for _, holders in more.values())]
-        if len(problems) > before:
-            return [readable], Outline()
-        return members, whole([names, *more], members, uses_gradients(recipe))
-    if problems or any(identity(entry.path) not in inputs for part in parts for entry in part.members):
-        return [], Outline()
-    members = [[inputs[identity(entry.path)] for entry in part.members] for part in parts]
-    return members, stacked(parts, members, problems, notes)
 
 
 def _laid_out(
@@ -295,7 +278,7 @@ def _laid_out(
         recipe=recipe,
         method=found.method,
         rules=tuple(used.values()) or (found.rules[0],),
-        parts=tuple(found.parts[: len(found.outline.counts)]),
+        parts=tuple(found.main),
         counts=tuple(found.outline.counts),
         out=out,
         out_dtype=out_dtype,

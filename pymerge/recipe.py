@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -52,7 +52,8 @@ class Slice:
 class Recipe:
     """What to merge. `dtype`: inputs are rounded to it first; `out_dtype`: the output's; `text`: verbatim.
 
-    Exactly one of `models` and `slices` is given. `module`: the parameters of the one module, if any.
+    Of `models`, `slices` and `modules` one is given; modules are recipes of their own, by the names of
+    the parts of the model that they merge. `module`: the parameters of a module, if it is one.
     `notes`: what has no effect, one sentence each. `adapted`: what those paths stand for that are a model
     with a LoRA. `tokenizer`: None: the base's, and vocabularies must be equal. `chat_template`: as given.
     Made by `load_recipe` or `parse_recipe`.
@@ -69,20 +70,28 @@ class Recipe:
     text: str
     slices: tuple[Slice, ...] = ()
     module: dict[str, Parameter] = field(default_factory=dict)
+    modules: Mapping[str, Recipe] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     adapted: Mapping[Path, Adapted] = field(default_factory=dict)
     tokenizer: TokenizerRule | None = None
     chat_template: str | None = None
 
     @property
+    def split(self) -> tuple[tuple[str, Recipe], ...]:
+        """The modules and their names, or the recipe itself, without a name."""
+        return tuple(self.modules.items()) or (("", self),)
+
+    @property
     def stack(self) -> tuple[Slice, ...]:
         """The output from its first layer to its last: the slices, or the models as a single one."""
+        if self.modules:
+            return tuple(part for module in self.modules.values() for part in module.stack)
         return self.slices or (Slice(self.models, self.base, {}),)
 
     @property
     def merged(self) -> list[Path]:
         """Every model that takes part, bases first."""
-        bases = [self.base, *(part.base for part in self.slices)]
+        bases = [self.base, *(part.base for part in self.stack)]
         entries = [entry for part in self.stack for entry in part.sources]
         return list(dict.fromkeys([*filter(None, bases), *(entry.path for entry in entries)]))
 
@@ -210,12 +219,12 @@ def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
     # A slice that is wrong says nothing of the others' layers either.
     if data is None or any(place.startswith(("slices", "modules")) for place in unusable):
         return Draft(None, tuple(problems))
-    where, module = _module(data)
+    modules = _modules(data)
     notes: list[str] = []
     if data["name"] is not None and document.name is None:
         notes.append(f"name {shown(data['name'])} has no effect: this merge is the output")
     tokenizer = tokenizer_data(data["tokenizer"], data["tokenizer_source"])
-    places = (*_references(data, where, module), *references_of(tokenizer))
+    places = (*_references(data, modules), *references_of(tokenizer))
     references = {place: reference for place, reference in places if place not in unusable}
     adapted: dict[Path, Adapted] = {}
     found = locate(references, folder, problems, notes, adapted, named)
@@ -239,22 +248,27 @@ def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
         return made
 
     base = None if data["base_model"] is None else path_of(data["base_model"], "base_model")
-    slices = []
-    for number, part in enumerate(module["slices"] or ()):
-        place = f"{where}slices[{number}]"
-        own = part["base_model"]
-        if part["residual_weight"] is not None:
-            notes.append(f"{place}: residual_weight has no effect")
-        slices.append(
-            Slice(
+
+    def slices(module: ModuleData, where: str) -> Iterator[Slice]:
+        for number, part in enumerate(module["slices"] or ()):
+            place = f"{where}slices[{number}]"
+            own = part["base_model"]
+            if part["residual_weight"] is not None:
+                notes.append(f"{place}: residual_weight has no effect")
+            yield Slice(
                 entries(part["sources"], f"{place}.sources"),
                 base if own is None else path_of(own, f"{place}.base_model"),
                 part["parameters"],
             )
-        )
+
+    stacks = {
+        name: (entries(module["models"] or (), f"{where}models"), tuple(slices(module, where)))
+        for name, (where, module) in modules.items()
+    }
+    first = next(iter(modules))
     recipe = Recipe(
         method="" if "merge_method" in unusable else data["merge_method"],
-        models=entries(module["models"] or (), f"{where}models"),
+        models=stacks[first][0],
         base=base,
         dtype=data["dtype"],
         out_dtype=data["out_dtype"],
@@ -262,33 +276,42 @@ def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
         seed=data["seed"],
         preset=data["preset"],
         text=text,
-        slices=tuple(slices),
-        module={} if module is data else module["parameters"],
+        slices=stacks[first][1],
+        module={} if data["modules"] is None else modules[first][1]["parameters"],
         notes=tuple(notes),
         adapted=adapted,
         tokenizer=rule_of(tokenizer, path_of),
         chat_template=data["chat_template"],
     )
+    if len(modules) > 1:
+        parts = {
+            name: replace(recipe, models=stack[0], slices=stack[1], module=modules[name][1]["parameters"])
+            for name, stack in stacks.items()
+        }
+        recipe = replace(recipe, models=(), slices=(), module={}, modules=parts)
     return Draft(recipe, tuple(problems), frozenset(missing))
 
 
-def _module(data: RecipeData) -> tuple[str, ModuleData]:
+def _modules(data: RecipeData) -> dict[str, tuple[str, ModuleData]]:
     """What is merged, and where in the recipe it stands."""
-    for name, module in (data["modules"] or {}).items():
-        return f"modules.{name}.", module
-    return "", data
+    if data["modules"] is None:
+        return {"": ("", data)}
+    return {name: (f"modules.{name}.", module) for name, module in data["modules"].items()}
 
 
-def _references(data: RecipeData, where: str, module: ModuleData) -> Iterator[tuple[str, Reference]]:
+def _references(
+    data: RecipeData, modules: Mapping[str, tuple[str, ModuleData]]
+) -> Iterator[tuple[str, Reference]]:
     """Every model that is named, and its place."""
-    for number, model in enumerate(module["models"] or ()):
-        yield f"{where}models[{number}].model", model["model"]
-    for number, part in enumerate(module["slices"] or ()):
-        place = f"{where}slices[{number}]"
-        for source, model in enumerate(part["sources"]):
-            yield f"{place}.sources[{source}].model", model["model"]
-        if part["base_model"] is not None:
-            yield f"{place}.base_model", part["base_model"]
+    for where, module in modules.values():
+        for number, model in enumerate(module["models"] or ()):
+            yield f"{where}models[{number}].model", model["model"]
+        for number, part in enumerate(module["slices"] or ()):
+            place = f"{where}slices[{number}]"
+            for source, model in enumerate(part["sources"]):
+                yield f"{place}.sources[{source}].model", model["model"]
+            if part["base_model"] is not None:
+                yield f"{place}.base_model", part["base_model"]
     if data["base_model"] is not None:
         yield "base_model", data["base_model"]
 

@@ -179,12 +179,6 @@ def _whole(data: RecipeData, problems: list[str]) -> RecipeData | None:
     modules = data["modules"] or {}
     for name, module in modules.items():
         _check_stack(module, f"modules.{name}.", STACKS[:2], problems)
-    if len(modules) > 1:
-        names = ", ".join(map(reprlib.repr, modules))
-        problems.append(
-            f"modules: several modules ({names}) are not supported yet; tensors go by their names, so that"
-            " models alone merges all parts of a model alike"
-        )
     return data if len(problems) == before else None
 
 

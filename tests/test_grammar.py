@@ -212,10 +212,6 @@ ONE_SLICE = "merge_method: linear\nslices: [{{sources: [{{model: one, layer_rang
             ["models and slices exclude each other; give one"],
         ),
         (
-            "merge_method: linear\nmodules: {a: {models: [{model: one}]}, b: {models: [{model: one}]}}",
-            ["modules: several modules ('a', 'b') are not supported yet; tensors go by their names"],
-        ),
-        (
             "merge_method: linear\nmodules: {a: {}}",
             ["modules.a.models: this key is required, or else slices"],
         ),

@@ -53,6 +53,7 @@ LAYERS = (
         "plan_inputs",
         "plan_optional",
         "plan_chain",
+        "plan_modules",
         "lora",
     ),
     ("kernels",),
