@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pymerge.checkpoint.chat import check_template, chosen_template, with_template
-from pymerge.checkpoint.index import INDEX_NAME
-from pymerge.checkpoint.layout import ShardLayout, index_json
+from pymerge.checkpoint.layout import ShardLayout, index_json, index_name
 from pymerge.checkpoint.sidefiles import (
     CONFIG_NAME,
     collect,
@@ -69,7 +68,7 @@ def side_files(
         files[CONFIG_NAME] = with_layers(files[CONFIG_NAME], layers)
     index = index_json(layouts)
     if index is not None:
-        files[INDEX_NAME] = index
+        files[index_name(layouts)] = index
     return files
 
 

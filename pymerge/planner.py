@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pymerge.checkpoint.index import Shard
-from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out
+from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out, stem_like
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
@@ -268,10 +268,10 @@ def _laid_out(
     recipe: Recipe, found: _Found, out: Path | None, max_shard_bytes: int, dtype: DType | None
 ) -> Plan:
     out_dtype = dtype or recipe.out_dtype or recipe.dtype
-    layouts = lay_out(_outputs(found, out_dtype), max_shard_bytes)
+    donor = donor_path(recipe)
+    layouts = lay_out(_outputs(found, out_dtype), max_shard_bytes, _stem(found.inputs, donor))
     shards = tuple(shard for source in found.inputs for shard in source.checkpoint.shards)
     jobs = _jobs(found, layouts, len(shards), recipe.dtype)
-    donor = donor_path(recipe)
     used = {id(job.rule): job.rule for shard in jobs for job in shard if job.rule}
     sides = side_files(donor, found.side_files, recipe.text, layouts, jobs, found.outline.layers)
     return Plan(
@@ -292,6 +292,12 @@ def _laid_out(
         notes=tuple(dict.fromkeys(found.notes)),
         vocabulary=found.vocabulary,
     )
+
+
+def _stem(inputs: Sequence[Input], donor: Path) -> str:
+    """Files are called as those of the model whose configuration the output gets."""
+    like = next((source for source in inputs if source.home == donor), inputs[0])
+    return stem_like(like.checkpoint.shards[0].path.name)
 
 
 def _collect(problems: list[str], action: Callable[[], T]) -> T | None:

@@ -111,7 +111,8 @@ def _only_file(folder: Path, files: Sequence[str], names: Sequence[str]) -> str:
     number = _SHARD_NUMBER.search(files[0]) if files else None
     if len(files) > 1 or (number and int(number[2]) != 1):
         listed = ", ".join(map(shown, files[:3])) + (", ..." if len(files) > 3 else "")
-        raise CheckpointError(f"{where}: the folder holds shards ({listed}) but no {INDEX_NAME}")
+        what, hint = ("shards", "") if number else ("files", "; where each is a model, name one")
+        raise CheckpointError(f"{where}: the folder holds {what} ({listed}) but no {INDEX_NAME}{hint}")
     if files:
         return files[0]
     pickles = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
@@ -121,7 +122,21 @@ def _only_file(folder: Path, files: Sequence[str], names: Sequence[str]) -> str:
             " loaded and are refused; convert them to safetensors, for example with transformers'"
             " save_pretrained"
         )
+    parts = [name for name in names if _has_weights(folder / name)]
+    if parts:
+        listed = ", ".join(map(shown, parts[:3])) + (", ..." if len(parts) > 3 else "")
+        raise CheckpointError(
+            f"{where}: the folder holds no safetensors file, its folders do ({listed}), as the parts of a"
+            f" pipeline; name one of them, such as {folder / parts[0]}, and merge each by a recipe of its own"
+        )
     raise CheckpointError(f"{where}: the folder holds no safetensors file")
+
+
+def _has_weights(folder: Path) -> bool:
+    try:
+        return any(name.endswith(_SUFFIX) for name in os.listdir(folder))
+    except OSError:  # no folder, or none that can be read
+        return False
 
 
 def _indexed_shards(folder: Path, index: Path) -> list[Shard]:

@@ -13,7 +13,8 @@ from pymerge.dtypes import DType
 from pymerge.errors import PymergeError
 from pymerge.text import shown
 
-FILE_PATTERN = "model{suffix}.safetensors"
+STEM = "model"
+DIFFUSERS_STEM = "diffusion_pytorch_model"  # the only weights that diffusers' models look for
 METADATA = {"format": "pt"}  # transformers refuses files without it
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -43,19 +44,26 @@ class ShardLayout(NamedTuple):
     tensors: tuple[OutputTensor, ...]
 
 
-def lay_out(tensors: Sequence[OutputTensor], max_shard_bytes: int) -> tuple[ShardLayout, ...]:
+def stem_like(file_name: str) -> str:
+    """What output files are called, before number and suffix, where a model's is called `file_name`."""
+    return DIFFUSERS_STEM if file_name.startswith(DIFFUSERS_STEM) else STEM
+
+
+def lay_out(
+    tensors: Sequence[OutputTensor], max_shard_bytes: int, stem: str = STEM
+) -> tuple[ShardLayout, ...]:
     """Shards of at most `max_shard_bytes` of data each, filled in the given order.
 
     A tensor larger than that gets a file of its own. Inside a file: wide types first, then by
-    name, so that every tensor is aligned to its element. Names as transformers writes them.
+    name, so that every tensor is aligned to its element. Names as transformers, or diffusers, writes them.
     """
     if len({tensor.name for tensor in tensors}) != len(tensors) or max_shard_bytes < 1:
         raise ValueError("output names must differ and a shard must hold at least one byte")
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
-        return (_shard(FILE_PATTERN.format(suffix=""), shards[0]),)
+        return (_shard(f"{stem}.safetensors", shards[0]),)
     return tuple(
-        _shard(FILE_PATTERN.format(suffix=f"-{number:05d}-of-{len(shards):05d}"), shard)
+        _shard(f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors", shard)
         for number, shard in enumerate(shards, 1)
     )
 
@@ -84,8 +92,13 @@ def _shard(file_name: str, tensors: list[OutputTensor]) -> ShardLayout:
     return ShardLayout(file_name, header, offsets, size, tuple(tensors))
 
 
+def index_name(layouts: Sequence[ShardLayout]) -> str:
+    """What the index of these shards is called."""
+    return f"{stem_like(layouts[0].file_name)}.safetensors.index.json"
+
+
 def index_json(layouts: Sequence[ShardLayout]) -> bytes | None:
-    """The text of `index.INDEX_NAME`; None when one file needs no index."""
+    """The text of the index; None when one file needs no index."""
     if len(layouts) <= 1:
         return None
     total = sum(tensor.size for layout in layouts for tensor in layout.tensors)
