@@ -84,6 +84,17 @@ def llama(parameters: int) -> Shape:
     return Shape(tensors, config)
 
 
+def mixture(tensors: int) -> Shape:
+    """A mixture of experts of so many tensors of 64 x 32, 384 to a layer, for what each tensor costs."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    shapes = {
+        f"model.layers.{i // 384}.mlp.experts.{i % 384 // 3}.{names[i % 3]}.weight": (64, 32)
+        for i in range(tensors)
+    }
+    layers = -(-tensors // 384)
+    return Shape(shapes, {"model_type": "mixtral", "num_hidden_layers": layers, "torch_dtype": "bfloat16"})
+
+
 class Pools:
     """Values to draw base weights and updates from; the same for every family."""
 
@@ -135,8 +146,13 @@ def write_model(folder: Path, shape: Shape, pools: Pools, expert: int, shard_byt
 
 
 def make_family(folder: Path, parameters: int, experts: int, shard_bytes: int = 200_000_000) -> Shape:
-    """Makes base, expert1 .. expertK under `folder`; a model that is there already is kept."""
-    shape, pools = llama(parameters), Pools()
+    """Makes a llama's base, expert1 .. expertK under `folder`; a model that is there already is kept."""
+    return write_family(folder, llama(parameters), experts, shard_bytes)
+
+
+def write_family(folder: Path, shape: Shape, experts: int, shard_bytes: int) -> Shape:
+    """`make_family` for any shape."""
+    pools = Pools()
     names = ["base", *(f"expert{k}" for k in range(1, experts + 1))]
     missing = [
         (k, folder / name) for k, name in enumerate(names) if not (folder / name / "config.json").exists()
@@ -153,8 +169,10 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--shard-bytes", type=float, default=200e6)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--experts-of", type=int, metavar="TENSORS", help="a mixture of so many tiny tensors")
     given = parser.parse_args()
-    shape = make_family(given.folder, int(given.params), given.experts, int(given.shard_bytes))
+    shape = llama(int(given.params)) if given.experts_of is None else mixture(given.experts_of)
+    write_family(given.folder, shape, given.experts, int(given.shard_bytes))
     if given.json:
         print(json.dumps({"parameters": shape.parameters}))
     else:

@@ -37,6 +37,9 @@ class DType(Enum):
         self.torch_name = torch_name
         self.code = code
 
+    # Members are unique; Enum's own hash is Python code, which shows where there are many tensors.
+    __hash__ = object.__hash__
+
     @property
     def itemsize(self) -> int:
         """Bytes of one element; only whole-byte types have one."""

@@ -48,13 +48,14 @@ class Input(NamedTuple):
 
     def source(self, name: str) -> Source:
         """Where the elements of a tensor come from."""
-        return self.made.get(name) or region_of(self.checkpoint, self.first_file, name)
+        made = self.made.get(name) if self.made else None
+        return made or region_of(self.checkpoint, self.first_file, name)
 
 
 def region_of(checkpoint: Checkpoint, first_file: int, name: str) -> Region:
     """Where a tensor lies, given the number of the checkpoint's first file."""
-    ref = checkpoint.tensors[name]
-    return Region(ref.entry.dtype, ref.entry.begin, first_file + ref.shard)
+    shard, (dtype, _, begin, _) = checkpoint.tensors[name]
+    return Region(dtype, begin, first_file + shard)
 
 
 def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from pymerge.adapted import Adapted
@@ -64,11 +63,13 @@ def _opened(
 
 def _with_heads(inputs: Mapping[str, Input], notes: list[str]) -> dict[str, Input]:
     """A model whose head is its embedding lends that to others that have a head of their own."""
+    names = dict.fromkeys(name for source in inputs.values() for name in source.checkpoint.tensors)
+    found = list(filter(_HEAD.search, names))
     heads = {
         name: None
         for source in inputs.values()
-        for name in source.checkpoint.tensors
-        if _HEAD.search(name) and source.checkpoint.tensors[name].entry.dtype.mergeable
+        for name in found
+        if name in source.checkpoint.tensors and source.checkpoint.tensors[name].entry.dtype.mergeable
     }
     if not heads:
         return dict(inputs)
@@ -105,6 +106,6 @@ def with_rows(source: Input, names: Sequence[str], rows: int, made: Mapping[str,
     tensors = dict(source.checkpoint.tensors)
     for name in names:
         entry = tensors[name].entry
-        tensors[name] = tensors[name]._replace(entry=replace(entry, shape=(rows, *entry.shape[1:])))
+        tensors[name] = tensors[name]._replace(entry=entry._replace(shape=(rows, *entry.shape[1:])))
     checkpoint = source.checkpoint._replace(tensors=tensors)
     return source._replace(checkpoint=checkpoint, made={**source.made, **made})

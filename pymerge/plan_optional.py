@@ -18,8 +18,8 @@ _OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler
 def lacked(inputs: Sequence[Input]) -> dict[str, tuple[bool, ...]]:
     """The optional tensors that not every input has, and which have them."""
     tables = [source.checkpoint.tensors for source in inputs]
-    names = dict.fromkeys(name for table in tables for name in table if _OPTIONAL.search(name))
-    held = {name: tuple(name in table for table in tables) for name in names}
+    names = dict.fromkeys(name for table in tables for name in table)
+    held = {name: tuple(name in table for table in tables) for name in filter(_OPTIONAL.search, names)}
     return {name: has for name, has in held.items() if not all(has)}
 
 

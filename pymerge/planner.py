@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 from pymerge.checkpoint.index import Shard
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out, stem_like
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
+from pymerge.collector import collector_paused
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
@@ -190,7 +191,11 @@ def make_plan(
     `dtype`: the output's element type, before the recipe's own. Raises ProblemList with every problem found,
     those of a draft among them.
     """
-    draft = recipe if isinstance(recipe, Draft) else Draft(recipe)
+    with collector_paused():
+        return _planned(recipe if isinstance(recipe, Draft) else Draft(recipe), out, max_shard_bytes, dtype)
+
+
+def _planned(draft: Draft, out: Path | None, max_shard_bytes: int, dtype: DType | None) -> Plan:
     problems = list(draft.problems)
     if draft.recipe is None:
         raise ProblemList(problems)
@@ -313,6 +318,7 @@ def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
 
 def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:
     tables = [[source.checkpoint.tensors for source in sources] for sources in found.members]
+    promoted: dict[tuple[DType, ...], DType] = {}
     outputs = []
     for origin in found.outline.origins:
         inputs = tables[origin.part]
@@ -323,7 +329,10 @@ def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:
             dtype = out_dtype
         else:
             pairs = zip(inputs, origin.inputs, strict=True)
-            dtype = promote({table[name].entry.dtype for table, name in pairs})
+            types = tuple([table[name].entry.dtype for table, name in pairs])
+            if types not in promoted:
+                promoted[types] = promote(set(types))
+            dtype = promoted[types]
         outputs.append(OutputTensor(origin.name, dtype, entry.shape))
     return outputs
 

@@ -27,7 +27,7 @@ LONGEST = 400
 
 # Left never imports right. A prefix stands for everything below it.
 LAYERS = (
-    ("text", "errors", "files", "dtypes", "rule", "job", "version", "adapted", "_core"),
+    ("text", "errors", "files", "dtypes", "rule", "job", "version", "adapted", "collector", "_core"),
     (
         "parameters",
         "hub",

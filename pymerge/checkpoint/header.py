@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from pymerge.dtypes import BY_HEADER_NAME, DType
 from pymerge.errors import OutputError
@@ -27,7 +27,7 @@ MAX_RANK = 64
 DATA_ALIGNMENT = 64
 METADATA_KEY = "__metadata__"
 
-_ODD_NUMBER = re.compile(rb"-|\d{19}")  # where there is none, json's own fast integers are all sizes
+_DIGITS = bytes(ord("0") if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _FOREIGN = (
     ((LFS_MAGIC,), LFS_POINTER),
@@ -48,8 +48,7 @@ _FOREIGN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
+class TensorEntry(NamedTuple):
     """One tensor of a file; `begin` and `end` are absolute byte offsets in that file."""
 
     dtype: DType
@@ -61,6 +60,9 @@ class TensorEntry:
     def count(self) -> int:
         """Number of elements; 1 for a scalar."""
         return math.prod(self.shape)
+
+
+_Sizes: TypeAlias = "dict[tuple[str, tuple[int, ...]], tuple[DType, int]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _has_odd_number(raw: bytes) -> bool:
+    """Whether a number may be no size; where none is, json's own fast integers do."""
+    return b"-" in raw or b"0" * 19 in raw.translate(_DIGITS)  # no pattern: that takes longer than the JSON
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """A JSON object in strict UTF-8; Malformed on anything else and on names that stand twice.
 
@@ -142,7 +149,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         found = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_int=_size if _ODD_NUMBER.search(raw) else int,
+            parse_int=_size if _has_odd_number(raw) else int,
             parse_float=_NotASize,
             parse_constant=_NotASize,
         )
@@ -163,7 +170,9 @@ def _parse(raw: bytes, file_size: int) -> tuple[dict[str, TensorEntry], dict[str
     if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair
         _refuse_surrogates([*top, *metadata, *metadata.values()])
     start = len(raw)
-    entries = [(name, _entry(name, value, start)) for name, value in top.items()]
+    # Few tensors have a shape of their own. To Python true is 1, so headers with flags are not trusted.
+    sizes: _Sizes | None = None if b"true" in raw or b"false" in raw else {}
+    entries = [(name, _entry(name, value, start, sizes)) for name, value in top.items()]
     entries.sort(key=lambda item: (item[1].begin, item[1].end))
     at = start
     for name, entry in entries:
@@ -200,7 +209,24 @@ def _refuse_surrogates(texts: Sequence[str]) -> None:
             raise Malformed(f"the name or text {shown(text)} is not valid Unicode") from None
 
 
-def _entry(name: str, value: Any, start: int) -> TensorEntry:
+def _entry(name: str, value: Any, start: int, sizes: _Sizes | None) -> TensorEntry:
+    """The entry that a header gives; `sizes`: bytes by type and shape of the sound ones so far."""
+    if sizes is None:
+        return _checked_entry(name, value, start)
+    try:
+        (begin, end), shape = value["data_offsets"], tuple(value["shape"])
+        dtype, size = sizes[value["dtype"], shape]
+        plain = type(value["shape"]) is list and type(begin) is type(end) is int and len(value) == 3
+        if plain and end - begin == size:
+            return TensorEntry(dtype, shape, start + begin, start + end)
+    except (LookupError, TypeError, ValueError):
+        pass  # the first of its shape, or wrong: then it is told below what is
+    entry = _checked_entry(name, value, start)
+    sizes[value["dtype"], entry.shape] = entry.dtype, entry.end - entry.begin
+    return entry
+
+
+def _checked_entry(name: str, value: Any, start: int) -> TensorEntry:
     if not isinstance(value, dict) or value.keys() != _FIELDS:
         raise Malformed(f"tensor {shown(name)} must have exactly the fields dtype, shape and data_offsets")
     header_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -194,6 +194,9 @@ def _disagreements(
     folder: Path, index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]
 ) -> list[str]:
     """One sentence for each tensor about which the index and the shards that could be read disagree."""
+    lying = {tensor: file_name for file_name, header in headers.items() for tensor in header.tensors}
+    if lying == weight_map and len(lying) == sum(len(header.tensors) for header in headers.values()):
+        return []
     places: dict[str, list[str]] = {}
     for file_name, header in headers.items():
         for tensor in header.tensors:
