@@ -87,7 +87,7 @@ def llama(parameters: int) -> Shape:
 def mixture(tensors: int) -> Shape:
     """A mixture of experts of so many tensors of 64 x 32, 384 to a layer, for what each tensor costs."""
     names = ("gate_proj", "up_proj", "down_proj")
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         f"model.layers.{i // 384}.mlp.experts.{i % 384 // 3}.{names[i % 3]}.weight": (64, 32)
         for i in range(tensors)
     }

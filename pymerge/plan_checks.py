@@ -54,8 +54,8 @@ class Input(NamedTuple):
 
 def region_of(checkpoint: Checkpoint, first_file: int, name: str) -> Region:
     """Where a tensor lies, given the number of the checkpoint's first file."""
-    shard, (dtype, _, begin, _) = checkpoint.tensors[name]
-    return Region(dtype, begin, first_file + shard)
+    shard, entry = checkpoint.tensors[name]
+    return Region(entry.dtype, entry.begin, first_file + shard)
 
 
 def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:

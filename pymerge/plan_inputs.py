@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pymerge.adapted import Adapted
@@ -106,6 +107,6 @@ def with_rows(source: Input, names: Sequence[str], rows: int, made: Mapping[str,
     tensors = dict(source.checkpoint.tensors)
     for name in names:
         entry = tensors[name].entry
-        tensors[name] = tensors[name]._replace(entry=entry._replace(shape=(rows, *entry.shape[1:])))
+        tensors[name] = tensors[name]._replace(entry=replace(entry, shape=(rows, *entry.shape[1:])))
     checkpoint = source.checkpoint._replace(tensors=tensors)
     return source._replace(checkpoint=checkpoint, made={**source.made, **made})

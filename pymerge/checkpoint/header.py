@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from pymerge.dtypes import BY_HEADER_NAME, DType
 from pymerge.errors import OutputError
@@ -47,7 +47,8 @@ _FOREIGN = (
 )
 
 
-class TensorEntry(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
     """One tensor of a file; `begin` and `end` are absolute byte offsets in that file."""
 
     dtype: DType

@@ -139,6 +139,31 @@ def test_hostile_file_is_refused_in_one_sentence(case: str, tmp_path: Path) -> N
     assert len(message) < len(str(path)) + 400
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "offsets"),
+    [
+        ("U8", "", [3, 4]),
+        ("U8", {}, [3, 4]),
+        ("U8", [True, 2], [3, 5]),
+        ("U8", [2, True], [3, 5]),
+        ("U8", [1, 2], [3, 6]),
+        ("U8", [1, 2], [3]),
+        ("U8", [1, 2], [[3], 5]),
+        ("U8", [1, 2], {"3": 0, "5": 0}),
+        ("U9", [1, 2], [3, 5]),
+        (["U8"], [1, 2], [3, 5]),
+    ],
+)
+def test_a_tensor_like_one_before_is_checked_as_well(
+    dtype: object, shape: object, offsets: object, tmp_path: Path
+) -> None:
+    before = {"s": entry("U8", [], 0, 1), "m": entry("U8", [1, 2], 1, 3)}
+    wrong = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    refuse(write(tmp_path / "x", raw({**before, "w": wrong}, b"abcdef")), "tensor 'w'")
+    more = {"dtype": "U8", "shape": [1, 2], "data_offsets": [3, 5], "more": 1}
+    refuse(write(tmp_path / "y", raw({**before, "w": more}, b"abcde")), "tensor 'w'")
+
+
 def test_good_file_is_read_whole(tmp_path: Path) -> None:
     table = {
         "__metadata__": {"format": "pt"},
