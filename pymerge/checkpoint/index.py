@@ -21,7 +21,7 @@ _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
-_SHOWN_AT_MOST = 20  # tensors of one kind of problem; a wrong file can hold tens of thousands
+_SHOWN_AT_MOST = 10
 
 
 class Shard(NamedTuple):

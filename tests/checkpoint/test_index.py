@@ -237,8 +237,8 @@ def test_everything_is_reported_together(sharded: Path) -> None:
 def test_a_wrong_file_does_not_flood_the_screen(sharded: Path) -> None:
     write_tensors(sharded / SECOND, [f"t{i}" for i in range(1000)])
     lines = problem(sharded, ProblemList).splitlines()
-    assert len(lines) == 22
-    assert lines[20] == "... and 980 more tensors like the last one"
+    assert len(lines) == 12
+    assert lines[10] == "... and 990 more tensors like the last one"
 
 
 def test_large_index(tmp_path: Path) -> None:
