@@ -14,14 +14,14 @@ def explain(method: Method) -> str:
     return "\n".join(lines)
 
 
-def numbers_of(method: Method, rule: Rule) -> str:
-    """What a rule says beside weights and densities, for a plan."""
+def numbers_of(method: Method, rule: Rule) -> list[str]:
+    """What a rule says beside weights and densities, for a plan: a name and its value each."""
     thresholds = method.trim.by_magnitude
     said = {
         "scope": rule.scope.value if thresholds else None,
         "threshold_ties": rule.threshold_ties.value if thresholds else None,
-        "gamma": ", ".join(f"{gamma:g}" for gamma in dict.fromkeys(rule.gammas)) or None,
-        "epsilon": ", ".join(f"{epsilon:g}" for epsilon in dict.fromkeys(rule.epsilons)) or None,
+        "gamma": " and ".join(f"{gamma:g}" for gamma in dict.fromkeys(rule.gammas)) or None,
+        "epsilon": " and ".join(f"{epsilon:g}" for epsilon in dict.fromkeys(rule.epsilons)) or None,
         "rescale": str(rule.rescale).lower() if method.dense else None,
         "normalize": str(rule.normalize).lower() if _normalizes(method) else None,
         "lambda": f"{rule.lambda_:g}" if method.scales else None,
@@ -30,7 +30,7 @@ def numbers_of(method: Method, rule: Rule) -> str:
     }
     words = [f"{name} {value}" for name, value in said.items() if value is not None]
     words += _numbers_of_blend(rule.blend) if rule.blend else ()
-    return ", ".join([*words, *(_numbers_of_fuse(rule.fuse) if rule.fuse else ())])
+    return [*words, *(_numbers_of_fuse(rule.fuse) if rule.fuse else ())]
 
 
 def _normalizes(method: Method) -> bool:

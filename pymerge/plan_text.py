@@ -8,6 +8,7 @@ from pymerge.methods import Method
 from pymerge.parameters import EVERY, Case, Conditional, Gradient, Scalar, cases_of
 from pymerge.plan_layers import depth
 from pymerge.plan_rule import OF_ALL, Origin, Part
+from pymerge.presets import defaults_of
 from pymerge.recipe import Recipe
 from pymerge.rule import Trim
 from pymerge.text import printable, shown
@@ -16,6 +17,7 @@ from pymerge.text import printable, shown
 def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
     """Base, experts and what varies, one line each; `counts`: each part's layers, 0 where none are known."""
     lines = []
+    preset = defaults_of(recipe.preset, method.name)
     names = ["weight"] if method.weighted else []
     names += ["density"] if method.dense else []
     names += ["gamma"] if method.trim is Trim.OUTLIERS else []
@@ -30,14 +32,20 @@ def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts
             if entry is part.base:
                 lines.append(f"base         {path}{of}")
                 continue
-            defaults = {"density": method.density, "gamma": method.gamma, "epsilon": method.epsilon}
+            defaults = {
+                "weight": preset.weight,
+                "density": method.density if preset.density is None else preset.density,
+                "gamma": method.gamma,
+                "epsilon": method.epsilon,
+            }
             scopes = recipe.scopes(part.slice, entry)
             given = [f"{name} {_stated(cases_of(scopes, name), defaults.get(name), count)}" for name in names]
             stated = f" ({', '.join(given)})" if given else ""
             lines.append(f"expert       {path}{of}{stated}")
         for name in OF_ALL:
             cases = cases_of(recipe.scopes(part.slice), name)
-            if len(cases) > 1 or any(isinstance(case.value, Gradient) for case in cases):
+            varies = len(cases) > 1 or any(isinstance(case.value, Gradient) for case in cases)
+            if varies or (cases and parts[1:]):
                 lines.append(f"{name:<12} {_stated(cases, None, count)}")
     if count := max(counts, default=0) if uses_gradients(recipe) else 0:
         among = " in the longest stack" if not recipe.slices else " in the longest slice" if parts[1:] else ""

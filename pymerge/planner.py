@@ -133,11 +133,12 @@ class Plan:
 
     def describe(self) -> str:
         """The plan in words, one fact a line."""
-        # Where tensors have different rules, the lines of the parts say what varies.
-        said = [numbers_of(self.method, self.rules[0])] if len(self.rules) == 1 else []
+        # What holds for all tensors; the lines of the parts say what varies.
+        every = [numbers_of(self.method, rule) for rule in self.rules]
+        said = [number for number in every[0] if all(number in others for others in every)] if every else []
         preset = self.recipe.preset
         said = [f"preset {preset.value}", *said] if preset is not Preset.MERGEKIT else said
-        lines = [", ".join([f"method       {self.method.name}", *filter(None, said)])]
+        lines = [", ".join([f"method       {self.method.name}", *said])]
         at = 0
         for name, module in self.recipe.split:
             end = at + len(module.stack)

@@ -51,6 +51,10 @@ def rule_for(
     rescale = method.rescale if rescale is None else rescale
     problems = _problems(method, weights, densities, gammas, lambda_, normalize, seed, names)
     values = complete(method.own, options or {}, problems)
+    if "votes" in values and not problems and int(values["votes"]) > len(weights):
+        problems.append(
+            f"votes is {values['votes']:g}, more than the {len(weights)} experts, so nothing is kept"
+        )
     if method.trim is Trim.RANKED and not problems:
         problems += _ranked_problems(densities, epsilons, names)
     if not method.weighted:

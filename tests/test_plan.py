@@ -369,3 +369,18 @@ def test_a_mixture_of_experts_is_planned_in_seconds(
     assert (plan.tensors, len(plan.inputs)) == (36_000, 9)
     assert len({id(job.rule) for shard in plan.jobs for job in shard}) == len(plan.rules) == rules
     assert seconds < 30
+
+
+def test_a_plan_states_what_a_preset_assumes(family: Path) -> None:
+    text = "merge_method: ties\npreset: paper\nbase_model: base\nmodels: [{model: one}, {model: two}]\n"
+    said = make_plan(parse_recipe(text, family), family / "out").describe()
+    assert "(weight 1, density 0.2)" in said
+    assert "preset paper, scope model" in said
+
+
+def test_what_all_tensors_share_is_said_once(family: Path) -> None:
+    cases = [{"filter": "a", "value": 0.5}, {"value": 1.0}]
+    text = recipe_text("ties", ["one", "two"], "base", lambda_=cases)
+    said = make_plan(parse_recipe(text, family), family / "out").describe()
+    assert "method       ties, scope tensor, threshold_ties first, rescale false, normalize true\n" in said
+    assert "lambda       ['a': 0.5; else: 1]" in said
