@@ -4,9 +4,9 @@
         ...                       # mergekit's own functions, unchanged
     print(patches.summary())
 
-Results have mergekit's shapes, types and devices. They are rounded once, where mergekit rounds 16-bit types at
-every step: the last places differ, and so may what is trimmed or elected where entries are that close. Of
-entries equal to a threshold the first are kept (mergekit: any of them). DARE and DELLA follow
+Results have mergekit's shapes, types and devices. They are rounded once, where mergekit rounds 16-bit types
+at every step: the last places differ, and so may what is trimmed or elected where entries are that close.
+Of entries equal to a threshold the first are kept (mergekit: any of them). DARE and DELLA follow
 torch.manual_seed but draw other entries than mergekit, in the same shares; `strict` leaves them to mergekit.
 """
 

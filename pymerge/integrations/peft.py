@@ -4,9 +4,9 @@
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="ties", density=0.2)
     print(patches.summary())
 
-pymerge trims for `ties` and `magnitude_prune` and sums for `task_arithmetic`; votes and divisors are PEFT's own code,
-so results have PEFT's bits, but for entries equal to a threshold, of which the first are kept (PEFT: any of
-them). `dare_linear` and `dare_ties` stay with PEFT: their entries are drawn one by one by torch's generator.
+pymerge trims for `ties` and `magnitude_prune` and sums for `task_arithmetic`; votes and divisors are PEFT's
+own code, so results have PEFT's bits, but for entries equal to a threshold, of which the first are kept
+(PEFT: any of them). `dare_linear` and `dare_ties` stay with PEFT, for torch's generator draws their entries.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def enable() -> Patches:
     patches = Patches("PEFT")
     for owner in (utils, model):  # `model` has imported them by name
         for name in FUNCTIONS:
-            patches.replace(owner, name, _maker(name, ours.get(name, _drawn)))
+            merge = ours.get(name, _drawn)
+            # The model puts results into `.data`, so there no gradient of the adapters is wanted.
+            patches.replace(owner, name, _maker(name, _without_gradient(merge) if owner is model else merge))
     return patches
 
 
@@ -90,6 +92,16 @@ def _maker(name: str, ours: Function) -> Callable[[Function, Tally], Function]:
         return merge
 
     return make
+
+
+def _without_gradient(ours: Function) -> Function:
+    def merge(*given: Any, **named: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return ours(*given, **named)
+
+    return merge
 
 
 def _ties(
