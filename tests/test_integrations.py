@@ -74,7 +74,7 @@ def test_what_is_left_is_counted_by_reason() -> None:
     ]
 
 
-class Odd(torch.Tensor):
+class Odd(torch.Tensor):  # type: ignore[misc]
     """A class that may mean anything."""
 
 

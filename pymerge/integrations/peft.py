@@ -40,7 +40,11 @@ def enable() -> Patches:
     missing = [name for name in FUNCTIONS if not (hasattr(utils, name) and hasattr(model, name))]
     if missing:
         raise BackendError(f"this version of PEFT is not known: it has no {missing[0]}")
-    ours = {"ties": _ties, "magnitude_prune": _magnitude_prune, "task_arithmetic": _task_arithmetic}
+    ours: dict[str, Function] = {
+        "ties": _ties,
+        "magnitude_prune": _magnitude_prune,
+        "task_arithmetic": _task_arithmetic,
+    }
     patches = Patches("PEFT")
     for owner in (utils, model):  # `model` has imported them by name
         for name in FUNCTIONS:
