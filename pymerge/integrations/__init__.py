@@ -1,0 +1,1 @@
+"""pymerge inside other tools: mergekit and PEFT, each with `enable()` and `disable()`."""
