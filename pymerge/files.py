@@ -91,6 +91,14 @@ def json_object(data: bytes) -> dict[str, Any]:
     return found
 
 
+def object_in(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in `data`, the content of `path`; else CheckpointError."""
+    try:
+        return json_object(data)
+    except Malformed as problem:
+        raise CheckpointError(f"{path}: {problem}") from None
+
+
 def is_path(text: str) -> bool:
     """Whether a path can be written so: valid Unicode without NUL."""
     try:

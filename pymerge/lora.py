@@ -22,6 +22,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 10_000_000
 
 _PREFIX = "base_model.model."
+# A repeated group can make a search take for ever, and the pattern comes from someone else's file.
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_LONGEST_PATTERN = 1000
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.[^.]+)??(\.weight)?")
 # Keys of the configuration that change the arithmetic, and the values that leave it as it is.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -87,10 +90,21 @@ def _read_config(folder: Path) -> dict[str, Any]:
         for key in ("r", "lora_alpha"):
             if not _is_number(config.get(key)):
                 raise Malformed(f"{key} is {shown(config.get(key))}, expected a number above 0")
+        for key in ("use_rslora", "fan_in_fan_out"):
+            if not isinstance(config.get(key) or False, bool):
+                raise Malformed(f"{key} is {shown(config[key])}, expected true or false")
+        ranks = [config["r"]]
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = config.get(key) or {}
             if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
                 raise Malformed(f"{key} is no mapping of numbers")
+            ranks += pattern.values() if key == "rank_pattern" else ()
+            if any(len(text) > _LONGEST_PATTERN or _REPEATED_GROUP.search(text) for text in pattern):
+                raise Malformed(f"{key} has a pattern that is too long or repeats a group")
+        if any(rank != int(rank) for rank in ranks):
+            raise Malformed(
+                f"a rank is {shown(next(r for r in ranks if r != int(r)))}, expected a whole number"
+            )
     except Malformed as problem:
         raise CheckpointError(f"{path}: {problem}") from None
     return config
@@ -143,9 +157,11 @@ def _product(config: Mapping[str, Any], pair: _Pair, ref: TensorRef, first_file:
     alpha = _of_module(config, "alpha_pattern", "lora_alpha", pair.module)
     turned = pair.embedding or bool(config.get("fan_in_fan_out"))
     a, b, target = pair.a.entry, pair.b.entry, ref.entry
-    out, into = reversed(target.shape) if turned and len(target.shape) == 2 else target.shape[:2] or (0, 0)
+    if len(target.shape) != 2:
+        raise Malformed(f"the model's tensor has shape {list(target.shape)}, expected rows and columns")
+    out, into = reversed(target.shape) if turned else target.shape
     expected = ((int(rank), into), (out, int(rank)))
-    if len(target.shape) != 2 or (a.shape, b.shape) != expected:
+    if (a.shape, b.shape) != expected:
         raise Malformed(
             f"the factors have shapes {list(a.shape)} and {list(b.shape)}, expected {list(expected[0])} and"
             f" {list(expected[1])} for shape {list(target.shape)} and rank {int(rank)}"
@@ -175,6 +191,6 @@ def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: s
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return float(value)
-        except re.error:
+        except (re.error, OverflowError, RecursionError):
             raise Malformed(f"{patterns}: {shown(pattern)} is no regular expression") from None
     return float(config[default])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pymerge.methods import Method
+from pymerge.methods import Base, Method
 from pymerge.plan_checks import Input, check_pairs, named
 from pymerge.plan_rule import Part
 from pymerge.rule import Blend
@@ -45,13 +45,16 @@ def reduced(
         members = [entry for entry, there in zip(part.members, has, strict=True) if there]
         holders = [source for source, there in zip(inputs, has, strict=True) if there]
         without = [source.label for source, there in zip(inputs, has, strict=True) if not there]
+        single = method.base is Base.OPTIONAL_ORIGIN and method.fewest == 1
+        if single and has[0] and part.base is not None and len(members) == 2:
+            members, holders = members[1:], holders[1:]  # one model is the result, relative to nothing
         what = f"{named(names)}, which {' and '.join(without)} {'lack' if without[1:] else 'lacks'}"
-        has_base = part.base is not None and has[0]
+        has_base = members[0] is part.base
         experts = len(members) - has_base
         alone = has_base and not experts
-        if part.base is None:
+        if not has_base and (part.base is None or single):
             alone = experts == 1 and method.blend is not None
-        if not alone and ((part.base is not None and not has_base) or experts < method.fewest):
+        if not alone and ((part.base is not None and not has_base and not single) or experts < method.fewest):
             if method.blend is Blend.MODEL_STOCK:
                 notes.append(f"left out: {what}")
             else:

@@ -52,7 +52,8 @@ void RowRanks<Bits>::decide(std::span<const Bits> keys, int64_t begin, int64_t e
       const int64_t i = word * 64 + bit - to;
       const size_t bin = bin_[size_t(begin + i)];
       const double rank = (double(words[i]) - lowest) * ranks_per_word;
-      const bool keeps = rank + kMargin < double(start_[bin]);
+      // A limit is rounded down to a word: the next word must be below it before rounding.
+      const bool keeps = rank + ranks_per_word + kMargin < double(start_[bin]);
       kept |= uint64_t(keeps) << bit;
       doubtful |= uint64_t(!keeps & (rank - kMargin < double(start_[bin + 1]))) << bit;
     }

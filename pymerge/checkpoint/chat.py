@@ -11,7 +11,7 @@ from pathlib import Path
 from pymerge.checkpoint.sidefiles import MAX_SIDE_FILE_BYTES, folder_of
 from pymerge.checkpoint.tokenizer import CONFIG_NAME
 from pymerge.errors import CheckpointError, RecipeError
-from pymerge.files import Malformed, json_object, read_file
+from pymerge.files import Malformed, json_object, object_in, read_file
 from pymerge.text import shown
 
 AUTO = "auto"
@@ -74,6 +74,11 @@ def template_of(checkpoint: Path) -> str | None:
         found = json_object(data).get("chat_template")
     except Malformed as problem:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {problem}") from None
+    if isinstance(found, str) and not found.isascii():
+        try:
+            found.encode("utf-8")
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{folder / CONFIG_NAME}: its chat_template is no whole text") from None
     return found if isinstance(found, str) else None
 
 
@@ -92,7 +97,7 @@ def with_template(files: Mapping[str, bytes], template: str) -> dict[str, bytes]
     """`files` of a tokenizer with this template and no other."""
     changed = {name: data for name, data in files.items() if name != "chat_template.json"}
     changed[TEMPLATE_NAME] = template.encode("utf-8")
-    config = json_object(changed.get(CONFIG_NAME, b"{}"))
+    config = object_in(Path(CONFIG_NAME), changed.get(CONFIG_NAME, b"{}"))
     # Older versions of transformers look only here.
     config["chat_template"] = template
     changed[CONFIG_NAME] = (json.dumps(config, indent=2) + "\n").encode("ascii")

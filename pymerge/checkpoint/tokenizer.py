@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pymerge.checkpoint.sidefiles import MAX_SIDE_FILE_BYTES, folder_of
 from pymerge.errors import CheckpointError
-from pymerge.files import Malformed, json_object, read_file
+from pymerge.files import Malformed, json_object, object_in, read_file
 from pymerge.text import shown
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -77,6 +77,8 @@ def _tokens(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, dict[
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # Unigram: pairs of token and score
         pairs = [entry[0] if isinstance(entry, list) and entry else None for entry in vocab]
+        if not all(isinstance(token, str) for token in pairs):
+            raise Malformed("the vocabulary is no list of texts and scores")
         ids: dict[Any, Any] = {token: number for number, token in enumerate(pairs)}
     elif isinstance(vocab, dict):
         ids = dict(vocab)
@@ -85,6 +87,8 @@ def _tokens(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, dict[
     entries = content.get("added_tokens") or []
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise Malformed("added_tokens is no list of mappings")
+    if not all(isinstance(entry.get("content"), str) for entry in entries):
+        raise Malformed("added_tokens has an entry whose content is no text")
     added = {entry.get("content"): entry for entry in entries}
     ids |= {token: entry.get("id") for token, entry in added.items()}
     for token, number in ids.items():
@@ -135,7 +139,7 @@ def tokenizer_files(tokenizer: Tokenizer, carried: Mapping[str, bytes]) -> dict[
     files = {name: data for name, data in files.items() if name not in OTHER_FORMS}
     files[TOKENIZER_NAME] = _json(tokenizer.data)
     if CONFIG_NAME in files:
-        config = json_object(files[CONFIG_NAME])
+        config = object_in(tokenizer.path.parent / CONFIG_NAME, files[CONFIG_NAME])
         # transformers reads added tokens there before those of tokenizer.json.
         if isinstance(decoder := config.get("added_tokens_decoder"), dict):
             new = [tokenizer.added[token] for token in tokenizer.fresh]
