@@ -115,6 +115,13 @@ def test_stacked_merges_are_merges_of_their_own() -> None:
         assert torch.equal(whole[row], alone)
 
 
+def test_strided_stacks_are_merged_too() -> None:
+    tensors = [torch.randn(4, 3, generator=torch.Generator().manual_seed(k)).T for k in range(2)]
+    options = {"weight": [1, 2], "normalize": False}
+    stacked = run(Call("linear", None, tensors, options, stacked=True))
+    assert torch.equal(stacked, tensors[0] + 2 * tensors[1])
+
+
 def test_drawn_seeds_follow_torch_s_generator() -> None:
     call = Call("dare_linear", torch.zeros(999), [torch.ones(999)], {"density": 0.5}, drawn=True)
     torch.manual_seed(7)

@@ -64,7 +64,7 @@ def run(call: Call) -> Tensor:
         options["seed"] = int(torch.randint(SEEDS, ()))
     if not call.stacked:
         return cast("Tensor", merge_tensors(call.base, call.experts, **options))
-    result = torch.empty_like(tensors[0])
+    result = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
     base = None if call.base is None else _rows(call.base)
     merge_tensors(base, [_rows(expert) for expert in call.experts], out=_rows(result), **options)
     return result
