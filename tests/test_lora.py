@@ -195,6 +195,10 @@ def test_a_changed_scale_starts_a_resumed_merge_anew(tmp_path: Path) -> None:
         ({"r": "x"}, "{lora}/adapter_config.json: r is 'x', expected a number above 0"),
         ({"rank_pattern": [1]}, "{lora}/adapter_config.json: rank_pattern is no mapping of numbers"),
         ({"alpha_pattern": {"(": 1}}, "'(' is no regular expression"),
+        ({"alpha_pattern": {"a{99999999999}": 1}}, "is no regular expression"),
+        ({"rank_pattern": {"([a-z.]+)+!": 4}}, "has a pattern that is too long or repeats a group"),
+        ({"rank_pattern": {"q_proj": 0.5}}, "a rank is 0.5, expected a whole number"),
+        ({"use_rslora": "no"}, "use_rslora is 'no', expected true or false"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         (
             {"r": 3},

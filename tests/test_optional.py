@@ -118,3 +118,10 @@ def test_shapes_are_compared_among_those_that_have_it(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "m0", {"a.weight": torch.ones(3)}, 1)
     with pytest.raises(PymergeError, match=r"tensor 'x\.bias' has shape \[4\], expected \[3\]"):
         run(tmp_path, "linear", [0, 1, 2], None)
+
+
+def test_one_expert_beside_the_base_is_the_mean_direction(tmp_path: Path) -> None:
+    """As where a recipe has but one expert: multislerp leaves nothing to blend."""
+    models = family(tmp_path)
+    found = run(tmp_path, "multislerp", [1, 2], 0)
+    assert torch.equal(found[ENDS], models[2][ENDS])

@@ -228,6 +228,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tokenizer: Any, sentence: str
         ("{}", "the tokenizer has no vocabulary under model"),
         ('{"model": {"vocab": {"a": -1}}}', "token 'a' has the id -1"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [1]}', "added_tokens is no list of mappings"),
+        ('{"model": {"vocab": [[["a"], 0.0]]}}', "the vocabulary is no list of texts and scores"),
+        (
+            '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": ["x"]}]}',
+            "added_tokens has an entry whose content is no text",
+        ),
     ],
 )
 def test_tokenizers_that_cannot_be_read(tmp_path: Path, text: str | None, sentence: str) -> None:
