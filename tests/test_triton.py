@@ -32,7 +32,7 @@ from harness import assert_same_bits
 from interpreter import quick_interpreter
 
 from pymerge import merge_tensors
-from pymerge.backends import reference
+from pymerge.backends import reference, sums
 from pymerge.errors import BackendError
 from pymerge.rule import Scope, ThresholdTies
 
@@ -182,7 +182,7 @@ def test_rescale_adds_up_in_the_order_of_the_contract(
     method: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With blocks of 64 elements the interpreter sees several of them, the last one short."""
-    monkeypatch.setattr(reference, "REDUCTION_BLOCK", 64)
+    monkeypatch.setattr(sums, "REDUCTION_BLOCK", 64)
     case = simple(method, 801, 2, data=data, rescale=True, dtypes="f32", density=0.4)
     group = case.build()
     merged = reference.merge_group(group.names, group.bases, group.experts, group.rule, group.out_dtypes)
