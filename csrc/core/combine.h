@@ -9,6 +9,13 @@ PM_HD V combine_mean(V sum, V weights) {
   return sum / select(is_zero(weights), V::set(1), weights);
 }
 
+// Rescale: what gives a trimmed task vector its sum of magnitudes back, `all` of them over those `kept`
+// (mergekit 0.1.5); 1 where nothing is trimmed (`whole`) or next to nothing is there.
+template <class Work>
+PM_HD Work rescale_factor(bool whole, double all, double kept) {
+  return whole || all < 1e-7 || kept < 1e-7 ? Work(1) : Work(all / kept);
+}
+
 // What methods that do not elect divide by: the sum of the weights, but beside a base not by next to nothing.
 template <class Work>
 PM_HD Work combine_divisor(bool base, Work weights) {

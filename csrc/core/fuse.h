@@ -19,11 +19,18 @@ PM_HD V at_least_value(V a, typename V::Work least) {
   return select(at_least(magnitude(a), bit_cast<Bits>(least)), a, V::set(least));
 }
 
+// What those have in common that see the task vectors once.
+template <class V>
+struct FuseOnce {
+  static constexpr bool twice = false;
+  PM_HD void turn() {}
+  PM_HD void again(V, int, const MapParams<typename V::Work>&) {}
+};
+
 // Swap in what is near: the nearer the other model, the more of it is taken (mergekit's nearswap).
 template <class V>
-struct FuseSwap {
+struct FuseSwap : FuseOnce<V> {
   using Work = typename V::Work;
-  static constexpr bool twice = false;
   V merged;
   PM_HD void begin() { merged = V::set(0); }
   PM_HD void take(V d, V base, V x, int, const MapParams<Work>& p) {
@@ -33,17 +40,14 @@ struct FuseSwap {
         select(at_least(magnitude(positive), bit_cast<typename V::Bits>(Work(1))), V::set(1), positive);
     merged = most * x + (V::set(1) - most) * base;
   }
-  PM_HD void again(V, int, const MapParams<Work>&) {}
-  PM_HD void turn() {}
   PM_HD V result(V, const MapParams<Work>&) const { return merged; }
 };
 
 // The mean of the entries past a threshold; one that stands alone goes whole, times its expert's factor
 // ("RAM", reinforced agent merging, 2026).
 template <class V>
-struct FuseOverlap {
+struct FuseOverlap : FuseOnce<V> {
   using Work = typename V::Work;
-  static constexpr bool twice = false;
   V sum, count, alone;
   PM_HD void begin() { sum = count = alone = V::set(0); }
   PM_HD void take(V d, V, V, int k, const MapParams<Work>& p) {
@@ -56,8 +60,6 @@ struct FuseOverlap {
   PM_HD static typename V::Mask overlaps(V d, const MapParams<Work>& p) {
     return at_least(magnitude(d), typename V::Bits(bit_cast<typename V::Bits>(p.t) + 1));
   }
-  PM_HD void again(V, int, const MapParams<Work>&) {}
-  PM_HD void turn() {}
   PM_HD V result(V base, const MapParams<Work>&) const {
     const auto shared = at_least(magnitude(count), bit_cast<typename V::Bits>(Work(2)));
     return base + select(shared, sum / select(shared, count, V::set(1)), alone);
@@ -87,17 +89,14 @@ struct FuseEnergy {
 
 // The largest entry, of equal ones the first expert's ("MagMax", 2024, section 3.2).
 template <class V>
-struct FuseLargest {
+struct FuseLargest : FuseOnce<V> {
   using Work = typename V::Work;
-  static constexpr bool twice = false;
   V best;
   PM_HD void begin() { best = V::set(0); }
   PM_HD void take(V d, V, V, int k, const MapParams<Work>& p) {
     const V entry = d * V::set(p.weight[k]);
     best = select(larger(entry, best), entry, best);
   }
-  PM_HD void again(V, int, const MapParams<Work>&) {}
-  PM_HD void turn() {}
   PM_HD V result(V base, const MapParams<Work>& p) const {
     return combine_base(base, V::set(p.lambda), best);
   }

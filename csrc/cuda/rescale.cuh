@@ -64,8 +64,7 @@ static __global__ void set_scales(const __grid_constant__ RescaleCall c) {
     const double* sums = c.state.masses + (b * c.group.experts + k) * 2;
     all += sums[0], kept += sums[1];
   }
-  const bool none = c.rule.whole[k] || all < 1e-7 || kept < 1e-7;
-  c.state.scale[tensor * c.group.experts + k] = none ? 1.0f : float(all / kept);
+  c.state.scale[tensor * c.group.experts + k] = rescale_factor<float>(c.rule.whole[k], all, kept);
 }
 
 }  // namespace pm::cuda

@@ -53,7 +53,7 @@ class MaskedMerge {
     masks_->all_made();
     for (int k = 0; k < experts; ++k)
       params_.scale[size_t(k)] =
-          scale_of<Work>(rule_.density[size_t(k)], sums[size_t(2 * k)], sums[size_t(2 * k + 1)]);
+          rescale_factor<Work>(rule_.density[size_t(k)] >= 1, sums[size_t(2 * k)], sums[size_t(2 * k + 1)]);
   }
 
   // Each expert's share of the mean squares of what is kept (SCE's "calculate").

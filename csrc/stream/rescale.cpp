@@ -46,7 +46,7 @@ void rescale(const Group<Work>& group, Crew& crew, const std::vector<Cut>& cuts,
         });
     for (int k = 0; k < experts; ++k)
       here.scale[size_t(k)] =
-          scale_of<Work>(density[size_t(k)], sums[size_t(2 * k)], sums[size_t(2 * k + 1)]);
+          rescale_factor<Work>(density[size_t(k)] >= 1, sums[size_t(2 * k)], sums[size_t(2 * k + 1)]);
   }
 }
 

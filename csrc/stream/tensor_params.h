@@ -37,12 +37,6 @@ struct TensorParams {
   }
 };
 
-// What gives a task vector its sum of magnitudes back: `all` of them over those `kept`.
-template <class Work>
-Work scale_of(double density, double all, double kept) {
-  return density >= 1 || all < 1e-7 || kept < 1e-7 ? Work(1) : Work(all / kept);
-}
-
 template <class Work>
 void thresholds_at(const std::vector<Cut>& cuts, uint64_t flat,
                    std::vector<typename WorkTraits<Work>::Bits>* to) {

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from pymerge.errors import BackendError
+from pymerge.integrations import patches
 from pymerge.integrations.patches import Patches, patches_of
 
 TOOL = "mergekit"
@@ -29,30 +30,27 @@ def enable(*, strict: bool = False) -> Patches:
     """
     disable()
     methods = _methods()
-    patches = Patches(TOOL)
+    made = Patches(TOOL)
     if hasattr(methods, "register"):
         from pymerge.integrations.mergekit_methods import patch
     else:
         from pymerge.integrations.mergekit_tasks import patch
     try:
-        patch(patches, methods, strict)
+        patch(made, methods, strict)
     except (AttributeError, ImportError) as error:
-        patches.disable()
+        made.disable()
         raise BackendError(f"this version of mergekit is not known: {error}") from error
-    return patches
+    return made
 
 
 def disable() -> None:
     """Gives mergekit its own functions back; does nothing where they are in place."""
-    patches = _running()
-    if patches is not None:
-        patches.disable()
+    patches.disable(_running())
 
 
 def summary() -> str:
     """How many merges pymerge made and why it left the others, since `enable()`."""
-    patches = _running()
-    return "pymerge is not enabled in mergekit" if patches is None else patches.summary()
+    return patches.summary(_running(), TOOL)
 
 
 def _running() -> Patches | None:

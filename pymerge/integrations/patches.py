@@ -84,3 +84,14 @@ class Patches:
 def patches_of(owner: object, name: str) -> Patches | None:
     """Those that replaced `owner.name`; None where nothing did."""
     return getattr(getattr(owner, name, None), _MARK, None)
+
+
+def disable(patches: Patches | None) -> None:
+    """Gives a tool its own functions back; does nothing where they are in place."""
+    if patches is not None:
+        patches.disable()
+
+
+def summary(patches: Patches | None, tool: str) -> str:
+    """How many merges pymerge made and why it left the others, since they were put in."""
+    return f"pymerge is not enabled in {tool}" if patches is None else patches.summary()

@@ -16,12 +16,14 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from pymerge.errors import BackendError, PymergeError
+from pymerge.integrations import patches
 from pymerge.integrations.calls import why_left
 from pymerge.integrations.patches import Function, Left, Patches, Tally, patches_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+TOOL = "PEFT"
 # Below so many elements PEFT is faster than a call of merge_tensors (0.3 ms), by magnitude and by sum.
 SMALLEST_TRIM = 1 << 14
 SMALLEST_SUM = 1 << 18
@@ -45,26 +47,23 @@ def enable() -> Patches:
         "magnitude_prune": _magnitude_prune,
         "task_arithmetic": _task_arithmetic,
     }
-    patches = Patches("PEFT")
+    made = Patches(TOOL)
     for owner in (utils, model):  # `model` has imported them by name
         for name in FUNCTIONS:
             merge = ours.get(name, _drawn)
             # The model puts results into `.data`, so there no gradient of the adapters is wanted.
-            patches.replace(owner, name, _maker(name, _without_gradient(merge) if owner is model else merge))
-    return patches
+            made.replace(owner, name, _maker(name, _without_gradient(merge) if owner is model else merge))
+    return made
 
 
 def disable() -> None:
     """Gives PEFT its own functions back; does nothing where they are in place."""
-    patches = _running()
-    if patches is not None:
-        patches.disable()
+    patches.disable(_running())
 
 
 def summary() -> str:
     """How many merges pymerge made and why it left the others, since `enable()`."""
-    patches = _running()
-    return "pymerge is not enabled in PEFT" if patches is None else patches.summary()
+    return patches.summary(_running(), TOOL)
 
 
 def _running() -> Patches | None:
