@@ -176,8 +176,9 @@ def on_memory(folder: Path) -> bool:
 # -- results ------------------------------------------------------------------------------------------------
 
 
-def save(rows: Sequence[Row], machine: dict[str, str]) -> None:
+def save(rows: Sequence[Row]) -> None:
     """Appends rows to the CSV, each with the description of the machine."""
+    machine = describe()
     RESULTS.parent.mkdir(exist_ok=True)
     columns = [field.name for field in fields(Row)] + list(machine)
     new = not RESULTS.exists()
@@ -221,7 +222,7 @@ def family(folder: Path, parameters: int, experts: int) -> tuple[tuple[Path, ...
 
 
 def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
-    """Every tool on every method and scope; the tools take turns."""
+    """Every tool on every method and scope; the tools take turns. Saved after each turn, for it takes long."""
     models, params = family(given.family or folder / "family", int(given.params), given.experts)
     tools: dict[str, int] = {FLOOR: given.runs, OURS: given.runs}
     tools |= {TORCH: 1} if given.reference else {}
@@ -236,7 +237,9 @@ def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
                     turn.remove(MERGEKIT)  # it has no such scope or method
                 if method not in IN_TORCH and TORCH in turn:
                     turn.remove(TORCH)
-                rows += [measure(tool, task, number, given) for tool in turn]
+                measured = [measure(tool, task, number, given) for tool in turn]
+                save(measured)
+                rows += measured
     return rows
 
 
@@ -248,7 +251,9 @@ def linear_cost(folder: Path, given: argparse.Namespace) -> list[Row]:
         for k in COST_EXPERTS:
             task = Task(folder, models[: k + 1], "ties", "tensor", given.density, params)
             for number in range(given.runs):
-                rows += [measure(tool, task, number, given) for tool in (FLOOR, OURS)]
+                measured = [measure(tool, task, number, given) for tool in (FLOOR, OURS)]
+                save(measured)
+                rows += measured
         shutil.rmtree(folder / f"family{size}")
     print("seconds" + "".join(f"{f'K = {k}':>10}" for k in COST_EXPERTS))
     for params in dict.fromkeys(row.params for row in rows):
@@ -291,10 +296,8 @@ def main() -> None:
     work: Callable[[Path, argparse.Namespace], list[Row]] = linear_cost if given.linear_cost else compare
     with tempfile.TemporaryDirectory(prefix="pymerge-bench-", dir=given.dir) as folder:
         rows = work(Path(folder), given)
-    machine = describe()
-    save(rows, machine)
     print(table(rows))
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if value))
+    print(", ".join(f"{name} {value}" for name, value in describe().items() if value))
 
 
 if __name__ == "__main__":
