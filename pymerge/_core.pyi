@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 class Run:
     def __init__(
@@ -12,13 +13,13 @@ class Run:
         outs: array[int],
         rules: Sequence[Mapping[str, object]],
         compounds: Sequence[Mapping[str, object]],
-        groups: Sequence[Sequence[int]],
+        families: Sequence[Sequence[Sequence[int]]],
         files: Sequence[int],
         settings: Mapping[str, object],
         given: Sequence[Sequence[tuple[int, int]]],
     ) -> None: ...
     def execute(self) -> tuple[int, int, int, str] | None: ...
-    def report(self) -> dict[str, int]: ...
+    def report(self) -> dict[str, Any]: ...
     def cuts(self) -> list[list[tuple[int, int]]]: ...
     def finished(self) -> int: ...
     def bytes_done(self) -> int: ...

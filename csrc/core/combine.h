@@ -34,15 +34,27 @@ PM_HD V combine_nan(V result, V mass) {
   return select(is_nan(mass), mass, result);
 }
 
-// The merged value from what trim and elect left: `mass` sums all kept entries, `sum` and `weights` those
-// that agree with the elected sign. Methods that do not elect divide the mass by one divisor for all
+// The merged task vector from what trim and elect left: `mass` sums all kept entries, `sum` and `weights`
+// those that agree with the elected sign. Methods that do not elect divide the mass by one divisor for all
 // elements.
+template <bool kElect, class V>
+PM_HD V combine_entries(V mass, V sum, V weights, V divisor, bool normalize) {
+  const V merged = kElect ? sum : mass;
+  if (!normalize) return merged;
+  return kElect ? combine_mean(merged, weights) : merged / divisor;
+}
+
+// The result from the merged task vector.
 template <bool kBase, bool kElect, class V>
-PM_HD V combine(V base, V mass, V sum, V weights, V lambda, V divisor, bool normalize) {
-  V merged = kElect ? sum : mass;
-  if (normalize) merged = kElect ? combine_mean(merged, weights) : merged / divisor;
+PM_HD V combine_result(V base, V merged, V mass, V lambda) {
   if (kBase) merged = combine_base(base, lambda, merged);
   return kElect ? combine_nan(merged, mass) : merged;
+}
+
+template <bool kBase, bool kElect, class V>
+PM_HD V combine(V base, V mass, V sum, V weights, V lambda, V divisor, bool normalize) {
+  const V merged = combine_entries<kElect>(mass, sum, weights, divisor, normalize);
+  return combine_result<kBase, kElect>(base, merged, mass, lambda);
 }
 
 }  // namespace pm

@@ -44,6 +44,8 @@ struct Blending {
   Vectors vectors = Vectors::tensor;
   double t = 0, eps = 0, tol = 0;
   int max_iter = 0;
+
+  bool operator==(const Blending&) const = default;
 };
 
 // How a map kernel treats entries whose fate the bracket leaves open.
@@ -66,6 +68,15 @@ struct MapParams {
   int votes = 0;                // fuse consensus: how many experts must claim an entry
 };
 
+// A result that differs from a block's own in lambda alone.
+template <class Work>
+struct Further {
+  Work lambda = 1;
+  void* out = nullptr;
+  bool bypass_cache = false;
+  int64_t nan = 0;  // how many of its elements are NaN; the kernel adds them
+};
+
 // One block of elements. Thresholds are magnitude bits: an entry is kept where bits(|d|) >= keep_at. Where
 // outliers are dropped, a second threshold for each expert follows after all the first.
 template <class Work>
@@ -75,7 +86,9 @@ struct MapBlock {
   const void* const* expert = nullptr;
   void* out = nullptr;
   int64_t count = 0;
-  int cuts = 0;  // masses only: how many thresholds, one for each expert or two
+  int cuts = 0;                      // masses and search only: how many thresholds
+  Further<Work>* further = nullptr;  // where there is a base; not with Collect, nor of fuses
+  int furthers = 0;
   const uint64_t* const* mask =
       nullptr;  // given trim: a bit per element, for each expert; null: all are kept
   const Bits* keep_at = nullptr;

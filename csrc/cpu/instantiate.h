@@ -40,6 +40,7 @@ KernelSet<typename T::Work> make_kernel_set() {
   set.keys = StatsKernel<V, T>::keys;
   set.open_keys = StatsKernel<V, T>::open_keys;
   set.count_open = StatsKernel<V, T>::count_open;
+  set.search = StatsKernel<V, T>::search;
   set.masses = StatsKernel<V, T>::masses;
   set.energies = StatsKernel<V, T>::energies;
   fill_fuses<V, T, false>(set.fuse);

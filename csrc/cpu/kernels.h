@@ -29,6 +29,7 @@ struct KernelSet {
   void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
                     OpenKeys<Bits>* to);
   int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);
+  MapFn<Work> search;
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);
   void (*energies)(const MapBlock<Work>&, int k, int64_t offset, double* lanes);
   MapFn<Work> fuse[kFuses], fuse_given[kFuses];  // by Fuse

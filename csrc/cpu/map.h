@@ -162,8 +162,11 @@ class MapKernel {
         if constexpr (kCountsAbove) above[c].end();
       }
     }
-    V result[kGroup];
-    finish(b, mass, result);
+    V merged[kGroup], result[kGroup];
+    finish(mass, merged);
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g)
+      result[g] = combine_result<S::base, S::elect>(b[g], merged[g], mass[g], V::set(p_.lambda));
     const bool bypass_cache = b_.bypass_cache && count == kElements;
     const bool any_nan = store_group<kOrdered>(T{}, out, result, bypass_cache);
     uint64_t open = 0;
@@ -172,16 +175,36 @@ class MapKernel {
       b_.undecided[offset / 64] |= open << (offset % 64);
     }
     if (any_nan) [[unlikely]]
-      count_nan(result, count, open);
+      nan_ += count_nan(result, count, open);
+    if constexpr (S::base && !kCollecting)
+      for (int f = 0; f < b_.furthers; ++f) store_further(b_.further[f], b, merged, mass, offset, count);
   }
 
-  void count_nan(const V (&result)[kGroup], int count, uint64_t undecided) {
+  void store_further(Further<Work>& to, const V (&b)[kGroup], const V (&merged)[kGroup],
+                     const V (&mass)[kGroup], int64_t offset, int count) const {
+    V result[kGroup];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g)
+      result[g] = combine_result<S::base, S::elect>(b[g], merged[g], mass[g], V::set(to.lambda));
+    Raw line[kElements];
+    Raw* out = static_cast<Raw*>(to.out) + offset;
+    const bool whole = count == kElements;
+    const bool any_nan = store_group<kOrdered>(T{}, whole ? out : line, result, whole && to.bypass_cache);
+    if (!whole) std::copy(line, line + count, out);
+    if (any_nan) [[unlikely]]
+      to.nan += count_nan(result, count, 0);
+  }
+
+  static int64_t count_nan(const V (&result)[kGroup], int count, uint64_t undecided) {
     Raw line[kElements];
     store_group<kOrdered>(T{}, line, result, false);
-    for (int j = 0; j < count; ++j) nan_ += line[j] == T::nan && !(undecided >> j & 1);
+    int64_t nan = 0;
+    for (int j = 0; j < count; ++j) nan += line[j] == T::nan && !(undecided >> j & 1);
+    return nan;
   }
 
-  PM_HD void finish(const V (&b)[kGroup], const V (&mass)[kGroup], V (&result)[kGroup]) {
+  // The merged task vectors.
+  PM_HD void finish(const V (&mass)[kGroup], V (&merged)[kGroup]) {
     V sum[kGroup], weights[kGroup], side[kGroup];
     if constexpr (S::elect) {
 #pragma GCC unroll 4
@@ -205,8 +228,7 @@ class MapKernel {
     }
 #pragma GCC unroll 4
     for (int g = 0; g < kGroup; ++g)
-      result[g] = combine<S::base, S::elect>(b[g], mass[g], sum[g], weights[g], V::set(p_.lambda),
-                                             V::set(p_.divisor), p_.normalize);
+      merged[g] = combine_entries<S::elect>(mass[g], sum[g], weights[g], V::set(p_.divisor), p_.normalize);
   }
 
   void report_counts() {

@@ -83,6 +83,38 @@ class StatsKernel {
     return open;
   }
 
+  // Of the first expert: counts what reaches each cut and marks what some bracket leaves open, as map kernels
+  // do that collect; writes nothing. `scratch`: map_scratch_bytes(cuts).
+  static int64_t search(const MapParams<Work>&, const MapBlock<Work>& b, void* scratch) {
+    using Count = typename V::Count;
+    using GroupCount = typename V::GroupCount;
+    auto *kept = static_cast<Count*>(scratch), *above = kept + b.cuts;
+    for (int c = 0; c < 2 * b.cuts; ++c) kept[c] = Count::zero();
+    each_group(b.base, b.expert[0], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
+      typename V::Mask undecided[kGroup];
+      for (int g = 0; g < kGroup; ++g) undecided[g] = V::none();
+      for (int c = 0; c < b.cuts; ++c) {
+        GroupCount reached = GroupCount::begin(kept + c);
+        for (int g = 0; g < kGroup; ++g) {
+          const typename V::Mask reaches = trim_magnitude(d[g], b.keep_at[c]);
+          undecided[g] |= trim_magnitude(d[g], b.open_at[c]) ^ reaches;
+          reached.add(g, reaches);
+        }
+        reached.end();
+        if (!b.count_at) continue;
+        GroupCount higher = GroupCount::begin(above + c);
+        for (int g = 0; g < kGroup; ++g) higher.add(g, trim_magnitude(d[g], b.count_at[c]));
+        higher.end();
+      }
+      b.undecided[at / 64] |= first_bits(group_bits<true, V>(T{}, undecided), n) << (at % 64);
+    });
+    for (int c = 0; c < b.cuts; ++c) {
+      b.above[c] += (b.count_at ? above : kept)[c].total();
+      if (b.count_at) b.kept[c] += kept[c].total();
+    }
+    return 0;
+  }
+
   // Adds |d| and the kept |d| of expert k to the virtual lanes; `offset` is the place within the block.
   static void masses(const MapParams<Work>& p, const MapBlock<Work>& b, int k, int64_t offset, Masses* sums) {
     each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {

@@ -115,18 +115,22 @@ Compound make_compound(const py::dict& d) {
 // meanwhile.
 class Run {
  public:
-  // jobs: rows of (count, rule or -1, cast code or -1, inputs, row); outs: one region row per job; given:
-  // thresholds per group, or nothing.
+  // jobs: rows of (count, rule or -1, cast code or -1, inputs, row), for each variant in turn; inputs: those
+  // of the first variant, which serve all; outs: one region row per job; given: thresholds per group, or
+  // nothing.
   Run(const py::buffer& jobs, const py::buffer& keys, const py::buffer& inputs, const py::buffer& outs,
       const std::vector<py::dict>& rules, const std::vector<py::dict>& compounds,
-      std::vector<std::vector<int64_t>> groups, std::vector<int> files, const py::dict& settings,
-      const CutList& given)
-      : groups_(std::move(groups)) {
+      std::vector<Family> families, std::vector<int> files, const py::dict& settings, const CutList& given)
+      : families_(std::move(families)) {
     const Table<int64_t, 5> job_rows(jobs);
     const Table<int64_t, 4> input_rows(inputs), out_rows(outs);
     const Table<uint64_t, 1> key_rows(keys);
+    const size_t variants = families_.empty() ? 1 : families_[0].size();
     if (key_rows.rows() != job_rows.rows() || out_rows.rows() != job_rows.rows())
       throw std::invalid_argument("expected one key and one output for each job");
+    if (variants == 0 || job_rows.rows() % variants != 0)
+      throw std::invalid_argument("expected the same jobs for every variant");
+    const size_t each = job_rows.rows() / variants;
     for (const auto& rule : rules) run_.rules.push_back(make_rule(rule));
     for (const auto& compound : compounds) run_.compounds.push_back(make_compound(compound));
     run_.files = std::move(files);
@@ -134,10 +138,12 @@ class Run {
     for (size_t i = 0; i < regions_.size(); ++i) regions_[i] = make_region(input_rows.row(i));
     size_t next = 0;
     for (size_t j = 0; j < job_rows.rows(); ++j) {
+      if (each && j % each == 0) next = 0;
       const int64_t* job = job_rows.row(j);
       TensorJob t;
       t.count = job[0];
       t.rule = int32_t(job[1]);
+      t.variant = int32_t(j / each);
       t.has_cast = job[2] >= 0;
       if (t.has_cast) t.cast = DType(job[2]);
       t.inputs = int32_t(job[3]);
@@ -149,6 +155,7 @@ class Run {
       run_.jobs.push_back(t);
     }
     run_.finished = std::vector<std::atomic<bool>>(run_.jobs.size());
+    run_.nan = std::vector<std::atomic<int64_t>>(variants);
     Settings& s = run_.settings;
     s.isa = Isa(settings["isa"].cast<int>());
     for (const auto& group : given) {
@@ -170,7 +177,7 @@ class Run {
   py::object execute() {
     try {
       py::gil_scoped_release release;
-      run_jobs(run_, groups_);
+      run_jobs(run_, families_);
     } catch (const StreamError& e) {
       return py::make_tuple(e.job, e.input, e.file, std::string(e.what()));
     } catch (const Cancelled&) {
@@ -186,13 +193,14 @@ class Run {
     d["bytes_written"] = r.bytes_written.load();
     d["elements"] = r.elements.load();
     d["undecided"] = r.undecided.load();
-    d["nan"] = r.nan.load();
+    d["nan"] = std::vector<int64_t>(run_.nan.begin(), run_.nan.end());
     d["searched"] = r.searched.load();
     d["misses"] = r.misses.load();
     d["overflows"] = r.overflows.load();
     return d;
   }
-  // Per group, per expert: (magnitude bits, first flat index not kept among equals).
+  // Per group (family by family, variant by variant), per expert: (magnitude bits, first flat index not kept
+  // among equals).
   CutList cuts() const {
     CutList all;
     for (const auto& group : run_.cuts) {
@@ -201,10 +209,11 @@ class Run {
     }
     return all;
   }
-  // How many of the leading jobs have their final output.
+  // How many of the leading jobs of every variant have their final output.
   int64_t finished() const {
     const auto& all = run_.finished;
-    return std::find(all.begin(), all.end(), false) - all.begin();
+    const auto end = all.begin() + std::ptrdiff_t(all.size() / run_.nan.size());
+    return std::find(all.begin(), end, false) - all.begin();
   }
   int64_t bytes_done() const { return run_.report.bytes_read.load(); }
   void cancel() { run_.report.cancelled = true; }
@@ -212,7 +221,7 @@ class Run {
  private:
   RunContext run_;
   std::vector<Region> regions_;
-  std::vector<std::vector<int64_t>> groups_;
+  std::vector<Family> families_;
 };
 
 }  // namespace
@@ -220,8 +229,8 @@ class Run {
 void bind_stream(py::module_& m) {
   py::class_<Run>(m, "Run")
       .def(py::init<const py::buffer&, const py::buffer&, const py::buffer&, const py::buffer&,
-                    const std::vector<py::dict>&, const std::vector<py::dict>&,
-                    std::vector<std::vector<int64_t>>, std::vector<int>, const py::dict&, const CutList&>())
+                    const std::vector<py::dict>&, const std::vector<py::dict>&, std::vector<Family>,
+                    std::vector<int>, const py::dict&, const CutList&>())
       .def("execute", &Run::execute)
       .def("report", &Run::report)
       .def("cuts", &Run::cuts)

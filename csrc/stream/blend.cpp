@@ -38,7 +38,7 @@ class BlendMerge {
       Worker& worker = run_.workers[size_t(member)];
       const int64_t first = number * size, here = std::min(size, count - first);
       view_.load(worker, first, here);
-      void* out = view_.result(worker, first, here);
+      void* out = view_.result(worker.result, first, here);
       Params params = linear_map();
       std::vector<double> lanes(lane_count());
       for (int64_t at = 0; at < here; at += length) {
@@ -62,7 +62,7 @@ class BlendMerge {
       const int64_t at = first + number * tile, here = std::min(tile, end - at);
       ask_ahead(at, tile, end);
       view_.load(worker, at, here);
-      void* out = view_.result(worker, at, here);
+      void* out = view_.result(worker.result, at, here);
       map(worker, params, out, 0, here);
       view_.store(worker, at, here, out);
     });
@@ -123,7 +123,7 @@ class BlendMerge {
     void* scratch = worker.scratch.reserve(map_scratch_bytes(inputs_));
     const KernelSet<Work>& kernels = group_.kernels(view_);
     const MapBlock<Work> block = block_at<Work>(worker, view_, out, at, count);
-    run_.report.nan += (block.base ? kernels.sum : kernels.linear)(params.block, block, scratch);
+    group_.count_nan((block.base ? kernels.sum : kernels.linear)(params.block, block, scratch));
   }
 
   void ask_ahead(int64_t first, int64_t size, int64_t end) const {

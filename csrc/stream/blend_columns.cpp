@@ -108,9 +108,9 @@ class ColumnMerge {
 
   void store(Worker& worker, int64_t first, const std::vector<Work>& merged) const {
     const int64_t count = int64_t(merged.size());
-    void* out = view_.result(worker, first, count);
+    void* out = view_.result(worker.result, first, count);
     convert(group_.run().settings.isa, kWork, view_.kernel_dtype(), merged.data(), out, count);
-    group_.run().report.nan += std::count_if(merged.begin(), merged.end(), [](Work x) { return x != x; });
+    group_.count_nan(std::count_if(merged.begin(), merged.end(), [](Work x) { return x != x; }));
     view_.store(worker, first, count, out);
   }
 

@@ -50,11 +50,7 @@ void copy_equal(RunContext& run, int64_t number, Crew& crew) {
 }
 
 template <class Work>
-void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& jobs, Crew& crew, Buffer* held) {
-  Group<Work> group(run, number, jobs);
-  const TensorJob& first = group.views[0].job();
-  if (held && jobs.size() == 1 && by_magnitude(group.rule().trim) && first.out.file != kInMemory)
-    group.views[0].hold(held->reserve(size_t(first.count) * size_t(first.out.item)));
+void merge_one(Group<Work>& group, Crew& crew) {
   const Rule& rule = group.rule();
   if (rule.blend.kind != Blend::none)
     blend_group(group, crew);
@@ -62,60 +58,83 @@ void merge_jobs(RunContext& run, int64_t number, const std::vector<int64_t>& job
     masked_group(group, crew);
   else
     merge_group(group, crew);
-  for (const auto& view : group.views) {
+}
+
+template <class Work>
+void merge_family(RunContext& run, const Family& family, int64_t number, Crew& crew, Buffer* held) {
+  Variants<Work> variants(run, family, number);
+  Group<Work>& first = variants.first();
+  const TensorJob& job = first.views[0].job();
+  if (held && first.views.size() == 1 && by_magnitude(first.rule().trim) && job.out.file != kInMemory)
+    first.views[0].hold(held->reserve(size_t(job.count) * size_t(job.out.item)));
+  variants.search(crew);
+  for (Group<Work>* group : variants.leaders()) merge_one(*group, crew);
+  for (const JobView& view : first.views) {
     view.flush();
     if (run.settings.drop_behind) view.drop_behind();
   }
 }
 
-void merge_or_copy(RunContext& run, int64_t number, std::vector<int64_t> jobs, Crew& crew, Buffer* held) {
-  std::erase_if(jobs, [&](int64_t job) { return run.jobs[size_t(job)].count == 0; });
-  if (jobs.empty()) return;
-  for (int64_t job : jobs) {
-    run.report.elements += run.jobs[size_t(job)].count;
-    run.report.bytes_written += run.jobs[size_t(job)].count * run.jobs[size_t(job)].out.item;
+void merge_or_copy(RunContext& run, Family family, int64_t number, Crew& crew, Buffer* held) {
+  for (auto& jobs : family)
+    std::erase_if(jobs, [&](int64_t job) { return run.jobs[size_t(job)].count == 0; });
+  if (family[0].empty()) return;
+  for (const auto& jobs : family)
+    for (int64_t job : jobs) {
+      run.report.elements += run.jobs[size_t(job)].count;
+      run.report.bytes_written += run.jobs[size_t(job)].count * run.jobs[size_t(job)].out.item;
+    }
+  if (run.jobs[size_t(family[0][0])].rule < 0) {
+    for (const auto& jobs : family) copy_equal(run, jobs[0], crew);
+    return;
   }
-  if (run.jobs[size_t(jobs[0])].rule < 0) return copy_equal(run, jobs[0], crew);
-  const bool in_double = std::any_of(jobs.begin(), jobs.end(), [&](int64_t job) {
+  const bool in_double = std::any_of(family[0].begin(), family[0].end(), [&](int64_t job) {
     return JobView::natural_kernel(run.jobs[size_t(job)]) == DType::f64;
   });
-  in_double ? merge_jobs<double>(run, number, jobs, crew, held)
-            : merge_jobs<float>(run, number, jobs, crew, held);
+  in_double ? merge_family<double>(run, family, number, crew, held)
+            : merge_family<float>(run, family, number, crew, held);
 }
 
-void run_group(RunContext& run, int64_t number, const std::vector<int64_t>& jobs, Crew& crew, Buffer* held) {
-  merge_or_copy(run, number, jobs, crew, held);
-  for (int64_t number : jobs) {
+void run_family(RunContext& run, const Family& family, int64_t number, Crew& crew, Buffer* held) {
+  merge_or_copy(run, family, number, crew, held);
+  for (int64_t number : family[0]) {
     const TensorJob& job = run.jobs[size_t(number)];
     for (int i = 0; i < job.inputs; ++i) release(run, job.input[i]);
-    run.finished[size_t(number)] = true;
   }
+  for (const auto& jobs : family)
+    for (int64_t number : jobs) run.finished[size_t(number)] = true;
 }
 
 }  // namespace
 
-void run_jobs(RunContext& run, const std::vector<std::vector<int64_t>>& groups) {
+void run_jobs(RunContext& run, const std::vector<Family>& families) {
   Team team(run.settings.threads);
   run.workers.resize(size_t(team.size()));
-  run.cuts.resize(groups.size());
-  int64_t total = 0;
-  for (const auto& group : groups) total += elements_of(run, group);
+  // Groups are numbered family by family, variant by variant.
+  std::vector<int64_t> numbers;
+  int64_t groups = 0, total = 0;
+  for (const Family& family : families) {
+    numbers.push_back(groups);
+    groups += int64_t(family.size());
+    total += elements_of(run, family[0]);
+  }
+  run.cuts.resize(size_t(groups));
   // Below this share of the whole, working alone costs no more waiting at the end than 1/8 of a worker's
   // time.
   const int64_t large = std::max(total / (8 * team.size()), 4 * run.settings.tile);
   std::vector<int64_t> small;
-  for (size_t g = 0; g < groups.size(); ++g) {
-    if (team.size() == 1 || elements_of(run, groups[g]) < large)
-      small.push_back(int64_t(g));
+  for (size_t f = 0; f < families.size(); ++f) {
+    if (team.size() == 1 || elements_of(run, families[f][0]) < large)
+      small.push_back(int64_t(f));
     else
-      run_group(run, int64_t(g), groups[g], team, nullptr);
+      run_family(run, families[f], numbers[f], team, nullptr);
   }
   team.each(int64_t(small.size()), [&](int member, int64_t i) {
     Solo solo(member);
-    const int64_t g = small[size_t(i)];
-    const int64_t bytes = elements_of(run, groups[size_t(g)]) * 8;
+    const size_t f = size_t(small[size_t(i)]);
+    const int64_t bytes = elements_of(run, families[f][0]) * 8;
     Buffer* held = bytes / 4 <= kHeldBytes ? &run.workers[size_t(member)].held : nullptr;
-    run_group(run, g, groups[size_t(g)], solo, held);
+    run_family(run, families[f], numbers[f], solo, held);
   });
 }
 

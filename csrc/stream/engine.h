@@ -1,10 +1,11 @@
 // Runs a list of jobs: large groups by the whole team, small ones one per worker.
 #pragma once
-#include "merge.h"
+#include "variants.h"
 
 namespace pm {
 
-// `groups`: job numbers that share thresholds, in flat-index order. Throws StreamError or Cancelled.
-void run_jobs(RunContext& run, const std::vector<std::vector<int64_t>>& groups);
+// Each family: the jobs that share thresholds, in flat-index order, for every variant. Throws StreamError or
+// Cancelled.
+void run_jobs(RunContext& run, const std::vector<Family>& families);
 
 }  // namespace pm

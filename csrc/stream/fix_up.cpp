@@ -41,7 +41,7 @@ void fix_up_span(const Group<Work>& group, Worker& worker, const ChunkLayout& la
     nan += kernel(params.block, block, scratch);
     row = stop;
   }
-  group.run().report.nan += nan;
+  group.count_nan(nan);
   const uint32_t first = position[span.begin], last = position[span.end - 1];
   for (int64_t row = span.begin; row < span.end; ++row) position[row] -= first;
   view.patch(worker, span.origin + first, int64_t(last - first) + 1, position + span.begin, fresh,

@@ -33,12 +33,15 @@ struct Rule {
   Fuse fuse = Fuse::none;
   double t = 0, boost = 0, most_boost = 0;  // the numbers of a fuse's formula
   int votes = 0;
+
+  bool operator==(const Rule&) const = default;
 };
 
 struct TensorJob {
   int64_t count = 0;
-  int64_t row = 0;    // elements of a row, for blends of rows or columns; 0: all
-  int32_t rule = -1;  // -1: inputs must be equal and are copied
+  int64_t row = 0;      // elements of a row, for blends of rows or columns; 0: all
+  int32_t rule = -1;    // -1: inputs must be equal and are copied
+  int32_t variant = 0;  // of several rules for the same inputs
   bool has_cast = false;
   DType cast = DType::f32;
   uint64_t key = 0;  // of the random stream
@@ -59,7 +62,7 @@ struct Settings {
 };
 
 struct Report {
-  std::atomic<int64_t> bytes_read{0}, bytes_written{0}, elements{0}, undecided{0}, nan{0};
+  std::atomic<int64_t> bytes_read{0}, bytes_written{0}, elements{0}, undecided{0};
   std::atomic<int64_t> searched{0}, misses{0}, overflows{0};
   std::atomic<bool> cancelled{false};
 };

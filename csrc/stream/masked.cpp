@@ -1,4 +1,5 @@
 // Merges where a mask decides what takes part, or where entries fuse by a formula of their own.
+#include "further.h"
 #include "masks.h"
 #include "merge.h"
 #include "reduce.h"
@@ -107,11 +108,14 @@ class MaskedMerge {
       const int64_t next = first + step * crew_.size();
       if (next < size) view_.will_need(next, std::min(step, size - next));
       MapBlock<Work> block = load(worker, first, count);
-      block.out = view_.result(worker, first, count);
+      block.out = view_.result(worker.result, first, count);
       block.bypass_cache = view_.bypass_cache(block.out, size);
+      FurtherResults<Work> further(group_, worker, 0, first, count);
       void* scratch = worker.scratch.reserve(map_scratch_bytes(group_.experts()));
-      run_.report.nan += kernel(params_.block, block, scratch);
+      further.attach(&block, 0);
+      group_.count_nan(kernel(params_.block, block, scratch));
       view_.store(worker, first, count, block.out);
+      further.store();
     });
   }
 

@@ -30,6 +30,11 @@ Coefficients group_coefficients(const Group<Work>& group, const Gram& gram);
 template <class Work>
 std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew);
 
+// The exact cuts of groups over the same inputs, which trim alike but for their ranks: one reading for each
+// expert. Not for small groups.
+template <class Work>
+std::vector<std::vector<Cut>> search_cuts(const std::vector<const Group<Work>*>& groups, Crew& crew);
+
 // What one streaming pass counted, per cut.
 struct Counts {
   std::vector<int64_t> above, kept, opened;

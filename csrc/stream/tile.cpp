@@ -99,8 +99,8 @@ DType JobView::natural_kernel(const TensorJob& job) {
   return any_double ? DType::f64 : one_type ? job.out.dtype : DType::f32;
 }
 
-JobView::JobView(RunContext& run, int64_t number, DType kernel)
-    : run_(run), job_(&run.jobs[size_t(number)]), number_(number), kernel_(kernel) {
+JobView::JobView(RunContext& run, const TensorJob& job, int64_t number, DType kernel)
+    : run_(run), job_(&job), number_(number), kernel_(kernel) {
   has_base_ = run.rules[size_t(job_->rule)].base ? 1 : 0;
   direct_ = kernel == job_->out.dtype && (!job_->has_cast || job_->cast == kernel);
   for (int i = 0; i < job_->inputs; ++i) direct_ &= job_->input[i].dtype == kernel;
@@ -147,9 +147,9 @@ void* JobView::output_address(int64_t element) const {
   return job_->out.file == kInMemory ? job_->out.address(element) : nullptr;
 }
 
-void* JobView::result(Worker& worker, int64_t first, int64_t count) const {
+void* JobView::result(Buffer& buffer, int64_t first, int64_t count) const {
   void* address = output_address(first);
-  return direct_ && address ? address : worker.result.reserve(size_t(count) * size_t(kernel_item()) + 64);
+  return direct_ && address ? address : buffer.reserve(size_t(count) * size_t(kernel_item()) + 64);
 }
 
 bool JobView::bypass_cache(const void* result, int64_t count) const {

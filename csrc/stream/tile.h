@@ -39,6 +39,7 @@ struct Worker {
   Tile tile;
   std::vector<const void*> block_expert;  // the tile's experts, moved on to a block within it
   std::vector<const uint64_t*> mask;      // the bitmap of each expert
+  std::vector<Buffer> further;            // results that differ in lambda alone
 };
 
 // Slabs for undecided positions, reused from tensor to tensor: touching fresh memory costs more than the
@@ -70,6 +71,7 @@ struct RunContext {
   std::vector<std::vector<Cut>>
       cuts;  // per group: the thresholds, one per expert; given, or empty until found
   std::vector<std::atomic<bool>> finished;  // per job: its output is final
+  std::vector<std::atomic<int64_t>> nan;    // per variant: elements of its results that are NaN
   Report report;
 
   void check_cancelled() const {
@@ -80,7 +82,8 @@ struct RunContext {
 // How one job's elements reach the kernels.
 class JobView {
  public:
-  JobView(RunContext& run, int64_t job, DType kernel);
+  // `job` is number `number` of the run's, or a part of it; it must stay where it is.
+  JobView(RunContext& run, const TensorJob& job, int64_t number, DType kernel);
   // The type the job's kernels would best run in: the stored one if nothing is converted, else f32 or f64.
   static DType natural_kernel(const TensorJob& job);
 
@@ -98,8 +101,9 @@ class JobView {
   // Makes elements [first, first + count) of every input available in `worker.tile`.
   void load(Worker& worker, int64_t first, int64_t count) const;
 
-  // Where the kernel shall write `count` results from `first`; pass them to `store` afterwards.
-  void* result(Worker& worker, int64_t first, int64_t count) const;
+  // Where the kernel shall write `count` results from `first`, in the output itself or in `buffer`; pass them
+  // to `store` afterwards.
+  void* result(Buffer& buffer, int64_t first, int64_t count) const;
   void store(Worker& worker, int64_t first, int64_t count, const void* result) const;
   bool bypass_cache(const void* result, int64_t count) const;
 

@@ -85,8 +85,9 @@ class Report:
     """What a run did. `fallbacks`: groups that took the exact two-pass route.
 
     `undecided` and `fallbacks` are None where a device has merged: it is not waited for to count them.
-    `thresholds`: per group (the whole model, or each job in turn), one per expert; empty where none was
-    searched. `on_cpu`: tensors of floats that a backend on a device has left to this one.
+    `thresholds`: per group (the whole model, or each job in turn) and variant, one per expert; empty where
+    none was searched. `nan_outputs`: of all variants together; `nan_of` has each variant's. `on_cpu`: tensors
+    of floats that a backend on a device has left to this one.
     """
 
     bytes_read: int
@@ -97,6 +98,7 @@ class Report:
     nan_outputs: int
     thresholds: tuple[tuple[Threshold, ...], ...]
     on_cpu: int = 0
+    nan_of: tuple[int, ...] = ()
 
 
 def available_isas() -> list[Isa]:
@@ -128,10 +130,13 @@ class NativeRun:
         files: Sequence[OpenFile],
         settings: Settings,
         thresholds: Sequence[Sequence[Threshold]] = (),
+        variants: Sequence[Sequence[TensorJob]] = (),
     ) -> None:
         """`files`: those that the jobs' regions name.
 
         `thresholds`: those of an earlier run's report over the same inputs, which then need no search.
+        `variants`: the same jobs again, but by other rules and into other outputs; what they have in common
+        with the first is done once.
         """
         if not 0 <= settings.threads <= MOST_THREADS:
             raise BackendError(f"threads is {settings.threads}, expected 1 to {MOST_THREADS}")
@@ -140,21 +145,22 @@ class NativeRun:
             raise BackendError(f"this processor has no {settings.isa.name.lower()}; it has {known}")
         if scope is Scope.MODEL:
             _check_one_working_type(jobs)
-        self._jobs = jobs
+        self._jobs = [*jobs, *(job for variant in variants for job in variant)]
         self._files = files
         # The core numbers the files of this run alone.
         slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
-        rows = array("q", [number for job in jobs for number in _job_row(job, rules)])
-        keys = array("Q", map(_key, jobs))
+        rows = array("q", [number for job in self._jobs for number in _job_row(job, rules)])
+        keys = array("Q", map(_key, self._jobs))
         compounds = CompoundTable(slots)
         inputs = compounds.regions(source for job in jobs for source in job.inputs)
-        outs = compounds.regions(job.out for job in jobs)
-        groups = _groups(jobs, scope)
+        outs = compounds.regions(job.out for job in self._jobs)
+        starts = range(0, len(self._jobs), len(jobs) or 1)
+        families = [[[start + n for n in group] for start in starts] for group in _groups(jobs, scope)]
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
         self._run = _core.Run(
-            rows, keys, inputs, outs, rules.rows, compounds.rows, groups, fds, _settings_row(settings), given
+            rows, keys, inputs, outs, rules.rows, compounds.rows, families, fds, _settings_row(settings), given
         )
 
     def execute(self) -> Report:
@@ -170,8 +176,9 @@ class NativeRun:
             elements=counted["elements"],
             undecided=counted["undecided"],
             fallbacks=counted["misses"] + counted["overflows"],
-            nan_outputs=counted["nan"],
+            nan_outputs=sum(counted["nan"]),
             thresholds=cuts,
+            nan_of=tuple(counted["nan"]),
         )
 
     @property
@@ -181,7 +188,7 @@ class NativeRun:
 
     @property
     def finished(self) -> int:
-        """How many of the leading jobs have their final output."""
+        """How many of the leading jobs of every variant have their final output."""
         return self._run.finished()
 
     def cancel(self) -> None:

@@ -1,0 +1,66 @@
+// One group of tensors merged by several rules: what they have in common is done once.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "merge.h"
+
+namespace pm {
+
+// The jobs of every variant, over the same tensors in the same order.
+using Family = std::vector<std::vector<int64_t>>;
+
+// Leaders are merged; those that follow differ from one in lambda alone, and are written along with it.
+template <class Work>
+class Variants {
+ public:
+  // The groups have the numbers from `number` on.
+  Variants(RunContext& run, const Family& family, int64_t number) {
+    groups_.reserve(family.size());
+    for (size_t v = 0; v < family.size(); ++v) groups_.emplace_back(run, number + int64_t(v), family[v]);
+    for (Group<Work>& group : groups_) {
+      const auto leader = std::find_if(leaders_.begin(), leaders_.end(),
+                                       [&](const Group<Work>* other) { return follows(group, *other); });
+      if (leader == leaders_.end())
+        leaders_.push_back(&group);
+      else
+        (*leader)->further.push_back(&group);
+    }
+  }
+  Variants(const Variants&) = delete;
+
+  Group<Work>& first() { return groups_[0]; }
+  const std::vector<Group<Work>*>& leaders() const { return leaders_; }
+
+  // Finds the cuts of all leaders together, where that is less work than one by one.
+  void search(Crew& crew) {
+    std::vector<const Group<Work>*> wanting;
+    for (const Group<Work>* group : leaders_)
+      if (is_searched(*group) && trims_alike(*group, *leaders_[0])) wanting.push_back(group);
+    if (wanting.size() < 2) return;
+    const std::vector<std::vector<Cut>> cuts = search_cuts(wanting, crew);
+    for (size_t i = 0; i < cuts.size(); ++i) wanting[i]->run().cuts[size_t(wanting[i]->number)] = cuts[i];
+  }
+
+ private:
+  static bool follows(const Group<Work>& group, const Group<Work>& leader) {
+    Rule rule = group.rule();
+    rule.lambda = leader.rule().lambda;
+    const bool shared = rule.base && rule.fuse == Fuse::none && rule.blend.kind == Blend::none;
+    const TensorJob &a = group.views[0].job(), &b = leader.views[0].job();
+    return shared && rule == leader.rule() && a.key == b.key &&
+           group.views[0].kernel_dtype() == leader.views[0].kernel_dtype();
+  }
+  static bool is_searched(const Group<Work>& group) {
+    return by_magnitude(group.rule().trim) && !group.rule().rescale && !group.is_small() &&
+           group.searched() && group.run().cuts[size_t(group.number)].empty();
+  }
+  static bool trims_alike(const Group<Work>& a, const Group<Work>& b) {
+    return a.rule().trim == b.rule().trim && a.rule().all_ties == b.rule().all_ties;
+  }
+
+  std::vector<Group<Work>> groups_;
+  std::vector<Group<Work>*> leaders_;
+};
+
+}  // namespace pm
