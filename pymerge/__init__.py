@@ -3,6 +3,7 @@
 merge(recipe, out)          checkpoints on disk into a new checkpoint
 plan(recipe)                what that would do, from headers alone
 plan_documents(recipe)      the same for a recipe of several YAML documents
+sweep(recipe, out, settings) the same with several settings, from one reading
 merge_tensors(base, experts) tensors in memory
 load_recipe, parse_recipe   a Recipe from a file or from text, for merge and plan
 
@@ -16,7 +17,7 @@ from pymerge.version import VERSION as __version__
 TYPE_CHECKING = False  # not typing's: the sooner the command runs, the sooner it can be interrupted quietly
 
 if TYPE_CHECKING:
-    from pymerge.api import merge, plan, plan_documents
+    from pymerge.api import merge, plan, plan_documents, sweep
     from pymerge.dtypes import DType
     from pymerge.errors import PymergeError
     from pymerge.planner import Plan
@@ -37,6 +38,7 @@ __all__ = [
     "parse_recipe",
     "plan",
     "plan_documents",
+    "sweep",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "parse_recipe": "pymerge.recipe",
     "plan": "pymerge.api",
     "plan_documents": "pymerge.api",
+    "sweep": "pymerge.api",
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from pymerge.backends.native import Settings
 from pymerge.checkpoint.layout import parse_size
@@ -17,6 +18,10 @@ from pymerge.plan_chain import plan_documents as make_stages
 from pymerge.planner import Plan, make_plan
 from pymerge.recipe import Document, Draft, Recipe, load_documents, parse_documents, single
 from pymerge.run.results import Summary
+
+if TYPE_CHECKING:
+    from pymerge.plan_sweep import Setting
+    from pymerge.run.sweep import Swept
 
 DEFAULT_SHARD_SIZE = "5GB"
 PARTS = ".parts"  # what the folder of intermediate merges is called after the output
@@ -96,6 +101,40 @@ def merge(
     *_, (_, summary) = execute_stages(stages, settings_of, start, stream)
     assert summary is not None, "the output comes last, and it does not exist before"
     return summary
+
+
+def sweep(
+    recipe: Path | str,
+    out: Path | str,
+    settings: Mapping[str, Sequence[float]] | Sequence[Setting],
+    *,
+    threads: int | None = None,
+    max_memory: int | str | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: DType | str | None = None,
+    progress: bool = False,
+) -> list[Swept]:
+    """Merge `recipe` once for each setting, reading the inputs together, each into a folder of `out`.
+
+    `settings`: values for each parameter, of which every combination is merged, or the combinations
+    themselves: {"density": [0.1, 0.2], "lambda": [0.5, 1]} or [{"density": 0.1, "lambda": 1}]. A parameter
+    holds for all models, whatever the recipe gives; `seed` is one, too. Every output is what `merge` makes of
+    the recipe with these parameters, bit for bit; a folder is named after them, `density0.1-lambda1`. What an
+    interrupted sweep has finished is kept. Other arguments as in `merge`. Raises PymergeError.
+    """
+    from pymerge.plan_sweep import grid, plan_sweep
+    from pymerge.run.settings import settings_for
+    from pymerge.run.sweep import execute_sweep
+
+    wanted = grid(settings) if isinstance(settings, Mapping) else list(settings)
+    options = _options(max_shard_size, dtype)
+    variants = plan_sweep(single(_documents(recipe)), wanted, Path(out), **options)
+    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+
+    def settings_of(planned: Plan) -> Settings:
+        return settings_for(planned, threads=threads, max_memory=memory)
+
+    return execute_sweep(variants, settings_of, sys.stderr if progress else None)
 
 
 class _Options(TypedDict):

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pymerge.errors import OutputError, ProblemList, PymergeError
-from pymerge.text import printable
+from pymerge.cli_frame import Frame, say, say_last
 from pymerge.version import VERSION
 
 if TYPE_CHECKING:
@@ -23,122 +18,10 @@ if TYPE_CHECKING:
     from pymerge.planner import Plan
 
 EXIT_DIFFERENT = 1
-EXIT_ERROR = 2
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
-EXIT_TERMINATED = 143
 
 LARGEST_TILE = 1 << 24  # elements; every thread holds one of each input
 
 _PATH = click.Path(path_type=Path)
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM came; unwinds like KeyboardInterrupt."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-class _Group(click.Group):
-    """Turns the program's own errors into a sentence on stderr and an exit code, without a traceback."""
-
-    def make_context(self, *given: Any, **extra: Any) -> click.Context:
-        with _clean_usage():
-            return super().make_context(*given, **extra)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        before = {number: signal.signal(number, _stop) for number in _STOPPING}
-        try:
-            with _clean_usage():
-                return super().invoke(ctx)
-        except Stopped as stop:
-            again = "; the same command continues it" if ctx.invoked_subcommand == "merge" else ""
-            word, code = _STOPPING[stop.number]
-            _say(f"pymerge: {word}{again}", err=True)
-            sys.stdout.flush()
-            os._exit(code)  # all is tidied up; while Python ends, a further signal would change how
-        except BrokenPipeError:
-            _drop_output(1, 2)
-            ctx.exit(EXIT_BROKEN_PIPE)
-        except (PymergeError, OSError, MemoryError) as error:
-            for sentence in _sentences(error):
-                _say(f"pymerge: {sentence}", err=True)
-            ctx.exit(EXIT_ERROR)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _sentences(error: Exception) -> Sequence[str]:
-    if isinstance(error, ProblemList):
-        return error.shown
-    if isinstance(error, MemoryError):
-        return ["out of memory; try fewer --threads or a smaller --max-memory"]
-    if isinstance(error, OSError):
-        what = f"{error.filename}: " if error.filename is not None else ""
-        return [f"{what}{error.strerror or error}"]
-    return [str(error)]
-
-
-@contextmanager
-def _clean_usage() -> Iterator[None]:
-    """What click says of wrong options repeats them."""
-    try:
-        yield
-    except click.UsageError as error:
-        said = error.format_message()
-        if _clean(said) == said:
-            raise
-        raise click.UsageError(_clean(said), error.ctx) from None
-
-
-def _say(text: str, *, err: bool = False) -> None:
-    """Print lines of text."""
-    click.echo(_clean(text), err=err)
-
-
-def _say_last(out: Path, text: str) -> None:
-    """Print what a merge did; where that fails the user must hear that the output is there all the same."""
-    try:
-        _say(text)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _drop_output(1)
-        raise OutputError(
-            f"{out} is complete, but what was done cannot be printed: {error.strerror}"
-        ) from None
-
-
-def _clean(text: str) -> str:
-    """`text` as it is but for what no terminal should be sent, which is escaped."""
-    return "\n".join(map(printable, text.split("\n")))
-
-
-def _drop_output(*fds: int) -> None:
-    """Nobody reads on: what is still in the buffer must not be written at exit either."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for fd in fds:
-        os.dup2(null, fd)
-    os.close(null)
-
-
-_STOPPING: dict[int, tuple[str, int]] = {
-    signal.SIGINT: ("interrupted", EXIT_INTERRUPTED),
-    signal.SIGTERM: ("terminated", EXIT_TERMINATED),
-}
-
-
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    """Unwinds once: a second signal must not break into the tidying up, which takes moments."""
-    for stopping in _STOPPING:  # not SIG_IGN: Python complains of a signal that comes while that is being set
-        signal.signal(stopping, _take_no_notice)
-    raise Stopped(number)
-
-
-def _take_no_notice(number: int, frame: FrameType | None) -> None:
-    """For signals while the process is ending already."""
 
 
 def _shared(command: Any) -> Any:
@@ -162,7 +45,7 @@ def _shared(command: Any) -> Any:
     return command
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Frame, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(VERSION, prog_name="pymerge")
 def main() -> None:
     """Merge model checkpoints: exact, in one pass, in little memory."""
@@ -225,11 +108,11 @@ def merge(
         target = stage.out or out
         found.append({"name": stage.name, **(summary.as_dict() if summary else {"out": str(target)})})
         if not (quiet or as_json):
-            _say_last(target, summary.describe() if summary else f"{target}: merged before, kept")
+            say_last(target, summary.describe() if summary else f"{target}: merged before, kept")
     if as_json:
         *before, last = found
         del last["name"]
-        _say_last(out, json.dumps({**last, "intermediates": before} if before else last, indent=2))
+        say_last(out, json.dumps({**last, "intermediates": before} if before else last, indent=2))
 
 
 @main.command()
@@ -265,10 +148,103 @@ def plan(
             f" at most {shares.total_with_gpu:,} with a GPU backend"
         )
     if as_json:
-        _say(json.dumps({"documents": numbers} if len(stages) > 1 else numbers[0], indent=2))
+        say(json.dumps({"documents": numbers} if len(stages) > 1 else numbers[0], indent=2))
         return
-    _say("\n\n".join(texts))
+    say("\n\n".join(texts))
     _show_notes(stages)
+
+
+_NUMBERS = "V1,V2,..."
+
+
+@main.command()
+@click.argument("recipe", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--density", metavar=_NUMBERS, help="Densities, for all models.")
+@click.option("--weight", metavar=_NUMBERS, help="Weights, for all models.")
+@click.option("--lambda", "lambda_", metavar=_NUMBERS, help="Factors on the merged task vector.")
+@click.option(
+    "--set", "others", metavar=f"NAME={_NUMBERS}", multiple=True, help="Any other parameter, or seed."
+)
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output file."
+)
+@click.option("--dtype", metavar="TYPE", help="Element type of the outputs, before the recipe's.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Workers.  [default: processors]")
+@click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def sweep(
+    recipe: Path,
+    out: Path,
+    density: str | None,
+    weight: str | None,
+    lambda_: str | None,
+    others: tuple[str, ...],
+    max_shard_size: str,
+    dtype: str | None,
+    threads: int | None,
+    max_memory: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Merge RECIPE with every combination of the given values, each into a folder of OUT.
+
+    The inputs are read together. Every output is what `merge` makes of the recipe with these parameters, bit
+    for bit. An interrupted sweep continues when the same command runs again.
+    """
+    from pymerge.api import sweep as swept
+
+    given = {"density": density, "weight": weight, "lambda": lambda_}
+    texts = {name: text for name, text in given.items() if text is not None}
+    for option in others:
+        name, is_given, text = option.partition("=")
+        if not is_given or name in texts:
+            raise click.UsageError(f"--set {option}: expected NAME={_NUMBERS}, and no name twice")
+        texts[name] = text
+    if not texts:
+        raise click.UsageError("a sweep needs values: --density, --weight, --lambda or --set")
+    results = swept(
+        recipe,
+        out,
+        {name: _numbers(name, text) for name, text in texts.items()},
+        threads=threads,
+        max_memory=_size(max_memory),
+        max_shard_size=max_shard_size,
+        dtype=dtype,
+        progress=not quiet,
+    )
+    if as_json:
+        rows = [
+            {
+                "setting": result.setting,
+                **(result.summary.as_dict() if result.summary else {"out": str(result.out)}),
+            }
+            for result in results
+        ]
+        say_last(out, json.dumps(rows, indent=2))
+    elif not quiet:
+        merged = [result.summary for result in results if result.summary]
+        for note in dict.fromkeys(note for summary in merged for note in summary.notes):
+            say(f"note: {note}", err=True)
+        for result in results:
+            say_last(out, f"{result.out}{'' if result.summary else ': merged before, kept'}")
+            if result.summary and result.summary.nan_outputs:
+                say_last(out, f"warning: {result.summary.nan_outputs:,} of its elements are NaN")
+        if merged:
+            last = merged[-1]
+            say_last(
+                out,
+                f"{len(merged)} merges in {last.seconds:.2f} s, {last.bytes_read:,} bytes read,"
+                f" peak memory {last.peak_memory / 1e6:,.0f} MB",
+            )
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{name}: {text!r} is not a list of numbers such as 0.1,0.2") from None
 
 
 @main.command()
@@ -280,7 +256,7 @@ def demo(folder: Path | None) -> None:
     """
     from pymerge.demo import run_demo
 
-    if not run_demo(folder, _say):
+    if not run_demo(folder, say):
         sys.exit(EXIT_DIFFERENT)
 
 
@@ -292,11 +268,11 @@ def info(as_json: bool) -> None:
 
     facts = gather()
     if as_json:
-        _say(json.dumps(facts, indent=2))
+        say(json.dumps(facts, indent=2))
         return
     for name, value in facts.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        _say(f"{name:<16} {text}")
+        say(f"{name:<16} {text}")
 
 
 @main.command()
@@ -306,10 +282,10 @@ def methods() -> None:
     from pymerge.methods import METHODS
 
     for method in METHODS.values():
-        _say(f"{method.name:<16} {method.summary}")
+        say(f"{method.name:<16} {method.summary}")
         flags = f"trim {method.trim.value}, elect {_yes(method.elect)}"
         flags += f", normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}"
-        _say(f"{'':<16} {', '.join(own_defaults(method)) or flags}")
+        say(f"{'':<16} {', '.join(own_defaults(method)) or flags}")
 
 
 @main.command()
@@ -319,7 +295,7 @@ def explain(method: str) -> None:
     from pymerge.explaining import explain as explained
     from pymerge.methods import method_named
 
-    _say(explained(method_named(method)))
+    say(explained(method_named(method)))
 
 
 @main.command()
@@ -331,9 +307,9 @@ def verify(out: Path, as_json: bool) -> None:
 
     result = verified(out)
     if as_json:
-        _say(json.dumps({"files": result.files, "bytes": result.bytes, "intact": True}))
+        say(json.dumps({"files": result.files, "bytes": result.bytes, "intact": True}))
     else:
-        _say(f"{out}: {result.files} files verified, {result.bytes:,} bytes, all as the manifest says")
+        say(f"{out}: {result.files} files verified, {result.bytes:,} bytes, all as the manifest says")
 
 
 @main.command()
@@ -347,7 +323,7 @@ def diff(a: Path, b: Path, everything: bool, as_json: bool) -> None:
     from pymerge.diff import diff as compared
 
     difference = compared(a, b)
-    _say(json.dumps(difference.as_dict(), indent=2) if as_json else describe(difference, everything))
+    say(json.dumps(difference.as_dict(), indent=2) if as_json else describe(difference, everything))
     if not difference.is_equal:
         sys.exit(EXIT_DIFFERENT)
 
@@ -356,7 +332,7 @@ def _show_notes(stages: Sequence[Stage]) -> None:
     for stage in stages:
         where = f"{stage.name}: " if stage.name else ""
         for note in stage.notes:
-            _say(f"note: {where}{note}", err=True)
+            say(f"note: {where}{note}", err=True)
 
 
 def _size(text: str | None) -> int | None:

@@ -54,6 +54,7 @@ LAYERS = (
         "plan_optional",
         "plan_chain",
         "plan_modules",
+        "plan_sweep",
         "lora",
     ),
     ("kernels",),
@@ -61,7 +62,7 @@ LAYERS = (
     ("run", "options", "operands", "tensors", "verify", "diff"),
     ("integrations",),
     ("api", "info", "demo", "demo_blend", "demo_fuse", "demo_check", "demo_family"),
-    ("cli",),
+    ("cli_frame", "cli"),
     ("__main__",),
 )
 HEAVY = (

@@ -160,7 +160,16 @@ class NativeRun:
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
         self._run = _core.Run(
-            rows, keys, inputs, outs, rules.rows, compounds.rows, families, fds, _settings_row(settings), given
+            rows,
+            keys,
+            inputs,
+            outs,
+            rules.rows,
+            compounds.rows,
+            families,
+            fds,
+            _settings_row(settings),
+            given,
         )
 
     def execute(self) -> Report:

@@ -1,0 +1,161 @@
+"""Plans of one recipe with other numbers: what a sweep merges together."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from pymerge.checkpoint.manifest import check_finished
+from pymerge.errors import ProblemList, PymergeError, RecipeError
+from pymerge.plan_checks import free_bytes
+from pymerge.planner import Plan, make_plan
+from pymerge.recipe import Document
+from pymerge.text import shown
+
+# The parameters that one output is merged with, instead of the recipe's.
+Setting: TypeAlias = Mapping[str, float]
+
+SEED = "seed"  # stands beside the parameters, not among them
+
+
+class Variant(NamedTuple):
+    """One output of a sweep: its parameters, its name within the sweep's folder, and its plan.
+
+    `out`: None where nothing about the output was planned. `done`: the merge lies there already.
+    """
+
+    setting: Setting
+    name: str
+    plan: Plan
+    out: Path | None
+    done: bool
+
+
+def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    """Every combination of the values, the last parameter's changing fastest."""
+    return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
+
+
+def plan_sweep(
+    document: Document, settings: Sequence[Setting], out: Path | None, **options: Any
+) -> tuple[Variant, ...]:
+    """The plans of one recipe with each of `settings`, each into a folder of `out` that is named after it.
+
+    A parameter of a setting holds for all models and layers: whatever the recipe gives under that name is
+    dropped. `options`: as `make_plan` takes them. Raises ProblemList with the problems of all settings.
+    """
+    names = [_name(setting) for setting in settings]
+    problems = list(_wrong_settings(settings, names))
+    if problems:
+        raise ProblemList(problems)
+    variants: list[Variant] = []
+    for setting, name in zip(settings, names, strict=True):
+        try:
+            variants.append(_variant(document, setting, None if out is None else out / name, name, options))
+        except PymergeError as error:
+            said = error.problems if isinstance(error, ProblemList) else (str(error),)
+            # What is wrong with the recipe itself is wrong with every setting.
+            problems += [text for text in said if text not in problems]
+    if not problems:
+        problems += [*_unlike(variants), *_lacking_space(variants, out)]
+    if problems:
+        raise ProblemList(problems)
+    return tuple(variants)
+
+
+def _variant(
+    document: Document, setting: Setting, out: Path | None, name: str, options: Mapping[str, Any]
+) -> Variant:
+    done = out is not None and os.path.lexists(out)
+    plan = make_plan(_with_setting(document, setting).draft(), None if done else out, **options)
+    if done and out is not None:
+        check_finished(out, plan.digest())
+    return Variant(setting, name, plan, out, done)
+
+
+def _lacking_space(variants: Sequence[Variant], out: Path | None) -> Iterator[str]:
+    """All outputs must fit together; that each fits alone its plan has checked."""
+    waiting = [variant for variant in variants if not variant.done]
+    if out is None or not waiting:
+        return
+    free = free_bytes(out)
+    begun = sum(free_bytes(variant.out) - free for variant in waiting if variant.out)
+    needed = sum(variant.plan.disk_bytes for variant in waiting)
+    if needed > free + begun:
+        yield f"the sweep needs {needed:,} bytes of disk space in {out}, {free + begun:,} are free"
+
+
+def _name(setting: Setting) -> str:
+    """What the setting's folder is called: density0.2-lambda1."""
+    return "-".join(f"{key}{value:.10g}" for key, value in setting.items())
+
+
+def _wrong_settings(settings: Sequence[Setting], names: Sequence[str]) -> Iterator[str]:
+    if not settings:
+        yield "a sweep needs at least one setting"
+    for setting in settings:
+        if not setting:
+            yield "a setting of the sweep changes no parameter"
+        for key, value in setting.items():
+            if not isinstance(key, str) or not key.isidentifier():
+                yield f"{shown(str(key))} cannot be the name of a parameter"
+            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                yield f"{key} of a setting is {value!r}, expected a finite number"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"two settings of the sweep are the same: {name}"
+
+
+def _unlike(variants: Sequence[Variant]) -> Iterator[str]:
+    """Outputs are merged together, so all must be made of the same tensors in the same files."""
+    first = variants[0]
+    for other in variants[1:]:
+        if other.plan.scope is not first.plan.scope or other.plan.layouts != first.plan.layouts:
+            yield (
+                f"with {other.name} other tensors are written than with {first.name};"
+                " such settings need merges of their own"
+            )
+
+
+def _with_setting(document: Document, setting: Setting) -> Document:
+    """The document as if it had been written with the setting's parameters."""
+    import yaml
+
+    value = document.value
+    if not isinstance(value, dict):
+        return document  # which its draft will say
+    parameters = {key: number for key, number in setting.items() if key != SEED}
+    changed = _without(value, frozenset(parameters))
+    if SEED in setting:
+        changed[SEED] = _seed(setting[SEED])
+    if parameters:
+        given = changed.get("parameters") or {}
+        if not isinstance(given, dict):
+            return document
+        changed["parameters"] = {**given, **parameters}
+    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+    return document._replace(text=text, value=changed)
+
+
+def _seed(value: float) -> int:
+    if value != int(value):
+        raise RecipeError(f"seed of a setting is {value!r}, expected a whole number")
+    return int(value)
+
+
+def _without(value: Any, names: frozenset[str]) -> Any:
+    """A copy without what any `parameters` give under these names."""
+    if isinstance(value, list):
+        return [_without(entry, names) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    copy = {}
+    for key, entry in value.items():
+        if key == "parameters" and isinstance(entry, dict):
+            copy[key] = {name: given for name, given in entry.items() if name not in names}
+        else:
+            copy[key] = _without(entry, names)
+    return copy
