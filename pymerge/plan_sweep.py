@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,7 +36,10 @@ class Variant(NamedTuple):
 
 
 def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-    """Every combination of the values, the last parameter's changing fastest."""
+    """Every combination of the values, the last parameter's changing fastest. Raises RecipeError."""
+    for name, some in values.items():
+        if isinstance(some, (str, bytes)) or not isinstance(some, Iterable):
+            raise RecipeError(f"{name} of the sweep is {some!r}, expected a list of numbers")
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
@@ -48,8 +51,12 @@ def plan_sweep(
     A parameter of a setting holds for all models and layers: whatever the recipe gives under that name is
     dropped. `options`: as `make_plan` takes them. Raises ProblemList with the problems of all settings.
     """
+    problems = list(_wrong_settings(settings))
+    if problems:
+        raise ProblemList(problems)
     names = [_name(setting) for setting in settings]
-    problems = list(_wrong_settings(settings, names))
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"two settings of the sweep are the same: {name}")
     if problems:
         raise ProblemList(problems)
     variants: list[Variant] = []
@@ -91,10 +98,10 @@ def _lacking_space(variants: Sequence[Variant], out: Path | None) -> Iterator[st
 
 def _name(setting: Setting) -> str:
     """What the setting's folder is called: density0.2-lambda1."""
-    return "-".join(f"{key}{value:.10g}" for key, value in setting.items())
+    return "-".join(f"{key}{repr(float(value)).removesuffix('.0')}" for key, value in setting.items())
 
 
-def _wrong_settings(settings: Sequence[Setting], names: Sequence[str]) -> Iterator[str]:
+def _wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
     if not settings:
         yield "a sweep needs at least one setting"
     for setting in settings:
@@ -105,8 +112,6 @@ def _wrong_settings(settings: Sequence[Setting], names: Sequence[str]) -> Iterat
                 yield f"{shown(str(key))} cannot be the name of a parameter"
             elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 yield f"{key} of a setting is {value!r}, expected a finite number"
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"two settings of the sweep are the same: {name}"
 
 
 def _unlike(variants: Sequence[Variant]) -> Iterator[str]:

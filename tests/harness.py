@@ -11,6 +11,7 @@ from torch import Tensor
 from pymerge.backends.native import Isa, NativeRun, Report, Settings, Threshold, available_isas
 from pymerge.dtypes import BY_TORCH_NAME, DType
 from pymerge.job import Region, TensorJob, row_of
+from pymerge.rule import Rule
 
 ISAS = [isa for isa in available_isas() if isa is not Isa.AUTO]
 
@@ -34,35 +35,60 @@ def run_native(
 
     Checks that no input changed, and that nothing was written around a result.
     """
-    held, jobs, outs = [], [], []
+    (merged,), report = run_variants(group, [group.rule], settings, offset, thresholds)
+    return merged, report
+
+
+def run_variants(
+    group: Group,
+    rules: Sequence[Rule],
+    settings: Settings,
+    offset: int = 0,
+    thresholds: Sequence[Sequence[Threshold]] = (),
+) -> tuple[list[list[Tensor]], Report]:
+    """The same by several rules in one run."""
+    held: list[Tensor] = []
 
     def region(x: Tensor) -> Region:
         held.append(place(x, offset))
         return Region(dtype_of(x.dtype), held[-1].data_ptr() + offset)
 
-    for i, (name, xs, out_dtype) in enumerate(zip(group.names, group.experts, group.out_dtypes, strict=True)):
-        outs.append(place(torch.zeros(xs[0].numel(), dtype=out_dtype), offset))
-        jobs.append(
+    bases = None if group.bases is None else [region(base) for base in group.bases]
+    experts = [tuple(region(x) for x in xs) for xs in group.experts]
+    outs = [
+        [
+            place(torch.zeros(xs[0].numel(), dtype=dtype), offset)
+            for xs, dtype in zip(group.experts, group.out_dtypes, strict=True)
+        ]
+        for _ in rules
+    ]
+    first, *others = (
+        [
             TensorJob(
                 name=name,
-                count=xs[0].numel(),
-                base=None if group.bases is None else region(group.bases[i]),
-                experts=tuple(region(x) for x in xs),
-                out=Region(dtype_of(out_dtype), outs[-1].data_ptr() + offset),
-                rule=group.rule,
+                count=group.experts[i][0].numel(),
+                base=None if bases is None else bases[i],
+                experts=experts[i],
+                out=Region(dtype_of(group.out_dtypes[i]), row[i].data_ptr() + offset),
+                rule=rule,
                 cast=None if group.cast is None else dtype_of(group.cast),
-                row=row_of(xs[0].shape, group.rule),
+                row=row_of(group.experts[i][0].shape, rule),
             )
-        )
+            for i, name in enumerate(group.names)
+        ]
+        for rule, row in zip(rules, outs, strict=True)
+    )
     before = [x.clone() for x in held]
-    report = NativeRun(jobs, group.rule.scope, [], settings, thresholds).execute()
+    report = NativeRun(first, rules[0].scope, [], settings, thresholds, others).execute()
     assert all(torch.equal(x, y) for x, y in zip(held, before, strict=True)), "an input was modified"
-    merged = []
-    for out, job, out_dtype in zip(outs, jobs, group.out_dtypes, strict=True):
-        end = offset + job.count * out_dtype.itemsize
-        assert (out[:offset] == 0xA5).all(), f"{job.name} was written before its start"
-        assert (out[end:] == 0xA5).all(), f"{job.name} was written past its end"
-        merged.append(out[offset:end].clone().view(out_dtype))
+    merged: list[list[Tensor]] = []
+    for row in outs:
+        merged.append([])
+        for out, job, out_dtype in zip(row, first, group.out_dtypes, strict=True):
+            end = offset + job.count * out_dtype.itemsize
+            assert (out[:offset] == 0xA5).all(), f"{job.name} was written before its start"
+            assert (out[end:] == 0xA5).all(), f"{job.name} was written past its end"
+            merged[-1].append(out[offset:end].clone().view(out_dtype))
     return merged, report
 
 
