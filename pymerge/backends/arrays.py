@@ -171,9 +171,11 @@ class _Torch:
 
     def span(self, array: Array) -> tuple[int, int]:
         start = int(array.data_ptr())
-        return start, start + int(array.numel()) * int(array.element_size())
+        return start, start + int(array.nbytes)
 
     def bounds(self, array: Array) -> tuple[int, int]:
+        if array.is_contiguous():
+            return self.span(array)
         return _bounds(int(array.data_ptr()), array.shape, self.strides(array), int(array.element_size()))
 
     def strides(self, array: Array) -> tuple[int, ...]:
@@ -183,6 +185,8 @@ class _Torch:
     def contiguous(self, array: Array) -> Array:
         import torch
 
+        if type(array) is torch.Tensor and array.is_contiguous() and not array.is_neg():
+            return array  # as it nearly always is: the views below take longer than to merge a small tensor
         return array.detach().as_subclass(torch.Tensor).resolve_neg().contiguous()
 
     def empty(self, like: Array, dtype: DType) -> Array:
