@@ -5,6 +5,8 @@ plan(recipe)                what that would do, from headers alone
 plan_documents(recipe)      the same for a recipe of several YAML documents
 sweep(recipe, out, settings) the same with several settings, from one reading
 merge_tensors(base, experts) tensors in memory
+merge_state_dicts(base, experts) models in memory: torch modules, or dicts of tensors
+merge_into(model, experts)   the same, into a model's own parameters
 load_recipe, parse_recipe   a Recipe from a file or from text, for merge and plan
 
 Nothing is imported before it is used: `import pymerge` needs neither numpy nor torch.
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pymerge.api import merge, plan, plan_documents, sweep
     from pymerge.dtypes import DType
     from pymerge.errors import PymergeError
+    from pymerge.models import merge_into, merge_state_dicts
     from pymerge.planner import Plan
     from pymerge.recipe import Recipe, load_recipe, parse_recipe
     from pymerge.run.results import Summary
@@ -34,6 +37,8 @@ __all__ = [
     "__version__",
     "load_recipe",
     "merge",
+    "merge_into",
+    "merge_state_dicts",
     "merge_tensors",
     "parse_recipe",
     "plan",
@@ -49,6 +54,8 @@ _HOMES = {
     "Summary": "pymerge.run.results",
     "load_recipe": "pymerge.recipe",
     "merge": "pymerge.api",
+    "merge_into": "pymerge.models",
+    "merge_state_dicts": "pymerge.models",
     "merge_tensors": "pymerge.tensors",
     "parse_recipe": "pymerge.recipe",
     "plan": "pymerge.api",

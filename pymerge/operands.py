@@ -66,7 +66,7 @@ def expert_list(experts: object) -> list[object]:
         else:
             return list(each)
     raise BackendError(
-        f"experts is {_what(experts)}, expected a list with a tensor, or a dict of tensors, for each expert"
+        f"experts is {what(experts)}, expected a list with a tensor, or a dict of tensors, for each expert"
     )
 
 
@@ -122,7 +122,7 @@ def _by_name(item: Item, first: Item) -> Mapping[str, Any]:
     """The arrays of `item`, which must be built as the first input is; a single one has the name ""."""
     given = item.value
     if isinstance(given, Mapping) != isinstance(first.value, Mapping):
-        raise BackendError(f"{item} is {_what(given)}, but {first} is {_what(first.value)}")
+        raise BackendError(f"{item} is {what(given)}, but {first} is {what(first.value)}")
     if not isinstance(given, Mapping):
         return {"": given}
     for name in given:
@@ -147,7 +147,7 @@ def _facts(item: Item) -> Facts:
     """BackendError for an array that no backend takes."""
     kind = kind_of(item.value)
     if kind is None:
-        raise BackendError(f"{item}: expected a torch tensor or a numpy array, found {_what(item.value)}")
+        raise BackendError(f"{item}: expected a torch tensor or a numpy array, found {what(item.value)}")
     fault = kind.fault(item.value)
     if fault is not None:
         raise BackendError(f"{item} {fault}")
@@ -223,7 +223,7 @@ def _check_apart(operands: Operands, outs: Mapping[str, Array]) -> None:
         written_to, last = end, item
 
 
-def _what(value: object) -> str:
+def what(value: object) -> str:
     """What a caller has passed, in words."""
     kind = kind_of(value)
     if kind is not None:

@@ -24,6 +24,8 @@ from pymerge.options import (
     as_number,
     per_expert,
 )
+from pymerge.parameters import Preset
+from pymerge.presets import adjusted, defaults_of
 from pymerge.rule import Rule, Scope, ThresholdTies, check_rule
 from pymerge.ruling import rule_for
 
@@ -60,15 +62,16 @@ def merge_tensors(
     experts: Iterable[Tensors],
     *,
     method: str = "ties",
-    weight: PerExpert | None = 1.0,
-    density: PerExpert | None = 1.0,
+    preset: str = "mergekit",
+    weight: PerExpert | None = None,
+    density: PerExpert | None = None,
     gamma: PerExpert | None = None,
     epsilon: PerExpert | None = None,
-    lambda_: SupportsFloat | None = 1.0,
+    lambda_: SupportsFloat | None = None,
     normalize: bool | None = None,
     rescale: bool | None = None,
-    threshold_ties: str = "first",
-    scope: str = "tensor",
+    threshold_ties: str | None = None,
+    scope: str | None = None,
     seed: SupportsIndex = 0,
     t: SupportsFloat | None = None,
     nuslerp_flatten: bool = True,
@@ -93,12 +96,14 @@ def merge_tensors(
 
     `base`, each of `experts`: a tensor, or a dict of tensors with the same names; never modified. `base` is
     None for `linear`; for `slerp` it is the model at t = 0; `nuslerp` and `multislerp` go without one or are
-    relative to it; `karcher` and `passthrough` take it for one more expert. `weight`, `density`, `gamma` (the
-    share that is outliers), `epsilon`: a number for all experts or one for each; None: the method's default.
+    relative to it; `karcher` and `passthrough` take it for one more expert. `weight` (1), `density`, `gamma`
+    (the share that is outliers), `epsilon`: a number for all experts or one for each; None: the default of
+    the method, or of `preset`: "mergekit", "paper", "peft" or "fusionbench", as in a recipe.
     Numbers may be scalars of numpy or torch.
-    `threshold_ties`: "first" keeps exactly int(density * n) entries, the lowest flat index first among
-    equals, "all" keeps every |d| >= threshold. `scope`: "tensor", or "model" for one threshold over a whole
-    dict. `t` (slerp), `nuslerp_flatten` and `nuslerp_row_wise`, `normalize_weights` and `eps` (multislerp),
+    `threshold_ties`: "first" (default) keeps exactly int(density * n) entries, the lowest flat index first
+    among equals, "all" keeps every |d| >= threshold. `scope`: "tensor" (default), or "model" for one
+    threshold over a whole dict.
+    `t` (slerp), `nuslerp_flatten` and `nuslerp_row_wise`, `normalize_weights` and `eps` (multislerp),
     `max_iter` and `tol` (karcher), `filter_wise` (model_stock), `scale` (passthrough), `epsilon` (della, for
     each expert; ram), `r` and `alpha` (ramplus_tl), `select_topk` (sce), `claim` and `votes` (consensus): as
     in a recipe.
@@ -131,21 +136,33 @@ def merge_tensors(
     count = len(members)
     if not row.weighted:
         weight, density = None, None
+    defaults = defaults_of(as_member(Preset, preset, "preset"), row.name)
+    densities = per_expert(_first(density, defaults.density, row.density), count, "density")
+    weights, lambda_of_all, divided = adjusted(
+        defaults,
+        per_expert(_first(weight, 1.0), count, "weight"),
+        densities,
+        as_number(_first(lambda_, defaults.lambda_), "lambda_"),
+        as_flag(rescale, "rescale"),
+    )
     try:
         rule = rule_for(
             row,
-            weights=per_expert(1.0 if weight is None else weight, count, "weight"),
-            densities=None if density is None else per_expert(density, count, "density"),
+            weights=weights,
+            densities=densities,
             gammas=None if gamma is None else per_expert(gamma, count, "gamma"),
             epsilons=None if epsilon is None else per_expert(epsilon, count, "epsilon"),
             options=options,
             has_base=base is not None,
-            lambda_=None if lambda_ is None else as_number(lambda_, "lambda_"),
-            normalize=as_flag(normalize, "normalize"),
-            rescale=as_flag(rescale, "rescale"),
-            threshold_ties=as_member(ThresholdTies, threshold_ties, "threshold_ties"),
-            scope=as_member(Scope, scope, "scope"),
+            lambda_=lambda_of_all,
+            normalize=as_flag(_first(normalize, defaults.normalize), "normalize"),
+            rescale=divided,
+            threshold_ties=as_member(
+                ThresholdTies, _first(threshold_ties, defaults.threshold_ties), "threshold_ties"
+            ),
+            scope=as_member(Scope, _first(scope, defaults.scope), "scope"),
             seed=as_count(seed, "seed"),
+            one_more=defaults.one_more,
         )
     except ProblemList as several:
         raise RecipeError(several.problems[0]) from None
@@ -181,6 +198,11 @@ def _members(row: Method, base: object | None, experts: list[Any]) -> list[Any]:
     if base is None or row.base not in (Base.FIRST, Base.MEMBER):
         return experts
     return [base, *experts] if row.base is Base.FIRST else [*experts, base]
+
+
+def _first(*given: object) -> object:
+    """The first that is not None; None where all are."""
+    return next((value for value in given if value is not None), None)
 
 
 def _is_copy(stack: Stack, dtype: DType, rule: Rule) -> bool:
@@ -248,12 +270,12 @@ def _check_triton(device: str) -> None:
 
 
 def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
-    from pymerge.backends.native import NativeRun, Settings
+    from pymerge.backends.native import NativeRun, Settings, available_cores
 
     def region(array: Array) -> Region:
         return Region(dtype_of(array), kind.span(array)[0])
 
-    jobs, size = [], 0
+    jobs, size, tiles = [], 0, 0
     for stack in stacks:
         count = kind.count(stack.inputs[0])
         regions = tuple(region(array) for array in stack.inputs)
@@ -261,7 +283,10 @@ def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: i
         out, row = region(stack.out), row_of(kind.shape(stack.out), rule)
         jobs.append(TensorJob(stack.name, count, base, experts, out, rule, row=row))
         size += count * sum(source.dtype.itemsize for source in regions)
-    settings = Settings(threads=threads or 0, memory=max(Settings.memory, size // LIST_SHARE))
+        tiles += count // Settings.tile + 1
+    # A thread takes 30 us to start, in which a small tensor is merged.
+    workers = min(threads or available_cores(), tiles)
+    settings = Settings(threads=workers, memory=max(Settings.memory, size // LIST_SHARE))
     NativeRun(jobs, rule.scope, [], settings).execute()
 
 

@@ -59,7 +59,7 @@ LAYERS = (
     ),
     ("kernels",),
     ("backends",),
-    ("run", "options", "operands", "tensors", "verify", "diff"),
+    ("run", "options", "operands", "tensors", "models", "verify", "diff"),
     ("integrations",),
     ("api", "info", "demo", "demo_blend", "demo_fuse", "demo_check", "demo_family"),
     ("cli_frame", "cli"),

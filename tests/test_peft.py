@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 
 from pymerge.integrations import peft as ours
+from pymerge.integrations import peft_batch
 from pymerge.integrations.patches import Patches
+from pymerge.integrations.peft_batch import MOST_SUMMED, ONE_LAYER
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, such as for a density of 1
 
@@ -81,7 +84,7 @@ def test_results_have_peft_s_bits(
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
         assert torch.equal(found, expected), (name, given)
     assert all(map(torch.equal, tensors, before))
-    summed = {"task_arithmetic": 1} if count <= ours.MOST_SUMMED else {}
+    summed = {"task_arithmetic": 1} if count <= MOST_SUMMED else {}
     assert enabled.tally.made == {"magnitude_prune": 1, "ties": 2, **summed}
 
 
@@ -121,33 +124,136 @@ def test_errors_are_peft_s(theirs: Any, enabled: Patches) -> None:
 def test_disable_gives_everything_back(theirs: Any) -> None:
     import peft.tuners.lora.model as model
 
-    before = [getattr(owner, name) for owner in (theirs, model) for name in ours.FUNCTIONS]
+    methods = ("add_weighted_adapter", ONE_LAYER)
+    places = [(owner, name) for owner in (theirs, model) for name in ours.FUNCTIONS]
+    places += [(model.LoraModel, name) for name in methods]
+    before = [getattr(*place) for place in places]
     ours.enable()
-    assert model.ties is not before[-1]
+    assert all(getattr(*place) is not old for place, old in zip(places, before, strict=True))
     ours.disable()
-    assert [getattr(owner, name) for owner in (theirs, model) for name in ours.FUNCTIONS] == before
+    assert [getattr(*place) for place in places] == before
     assert ours.summary() == "pymerge is not enabled in PEFT"
 
 
-@pytest.mark.parametrize("combination", ["ties", "magnitude_prune", "dare_ties", "ties_svd"])
-def test_adapters_of_a_model_are_those_that_peft_makes(theirs: Any, combination: str) -> None:
+class Layers(torch.nn.Module):  # type: ignore[misc]
+    """A linear layer, an embedding and a convolution, for LoRAs of every shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(2000, 64)
+        self.embed = torch.nn.Embedding(500, 24)
+        self.conv = torch.nn.Conv2d(6, 8, 3)
+
+
+def adapted(count: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A model with `count` adapters, called by their numbers, all of them random."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=12, target_modules=["0"], init_lora_weights=False)
-    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4096, 64)), config, adapter_name="a")
-    model.add_adapter("b", config)
+    torch.manual_seed(count)
+    given = {"r": 8, "lora_alpha": 12, "target_modules": ["linear", "embed", "conv"], **options}
+    model = get_peft_model(Layers(), LoraConfig(init_lora_weights=False, **given), adapter_name="0")
+    for k in range(1, count):
+        model.add_adapter(str(k), LoraConfig(init_lora_weights=False, **given))
+    for name, tensor in loras(model).items():
+        if "lora" in name:
+            tensor.data = tensor.data.to(dtype)
+    return model
 
-    def merge(name: str) -> list[torch.Tensor]:
+
+def loras(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters() if "lora" in name}
+
+
+def both(model: Any, combination: str, majority: str = "total", weights: Any = None) -> Patches:
+    """Merges all adapters twice, by PEFT and by pymerge, and compares the bits of everything."""
+    names = [name for name in model.peft_config if name.isdigit()]
+    weights = weights or [0.7, -0.4, 0.9, 1.3, 0.2][: len(names)]
+
+    def merge(to: str) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
-        given = {"combination_type": combination, "density": 0.3}
-        model.add_weighted_adapter(["a", "b"], [0.7, -0.4], name, **given)
-        layer = model.base_model.model[0]
-        return [layer.lora_A[name].weight, layer.lora_B[name].weight]
+        given = {"combination_type": combination, "density": 0.3, "majority_sign_method": majority}
+        model.add_weighted_adapter(names, weights, to, **given)
+        found = {name: x.clone() for name, x in loras(model).items() if f".{to}" in f".{name}"}
+        assert found
+        model.delete_adapter(to)
+        return found
 
-    expected = merge("theirs")
+    before = {name: x.clone() for name, x in loras(model).items()}
+    expected = merge("merged")
     with ours.enable() as patches:
-        found = merge("ours")
-    assert all(map(torch.equal, found, expected))
-    assert patches.tally.made.total() + patches.tally.left.total() in (1, 2)
-    assert bool(patches.tally.made) == (combination != "dare_ties")
+        found = merge("merged")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(x, before[name]) for name, x in loras(model).items())
+    return patches
+
+
+@pytest.mark.parametrize("combination", ["ties", "magnitude_prune", "linear", "dare_ties"])
+def test_adapters_of_a_model_are_those_that_peft_makes(theirs: Any, combination: str) -> None:
+    patches = both(adapted(2), combination)
+    gathered = combination in ("ties", "magnitude_prune")
+    assert patches.tally.made == ({combination: 6} if gathered else {})
+    assert patches.tally.made.total() + patches.tally.left.total() == 6
+
+
+def test_adapters_that_are_decomposed_again(theirs: Any) -> None:
+    assert both(adapted(2, target_modules=["linear"]), "ties_svd").tally.made == {"ties": 1}
+
+
+@pytest.mark.parametrize("majority", ["total", "frequency"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_gathered_merges_have_peft_s_bits(
+    theirs: Any, monkeypatch: pytest.MonkeyPatch, count: int, dtype: torch.dtype, majority: str
+) -> None:
+    monkeypatch.setattr(peft_batch, "BATCH", 100_000)  # several batches, and one that a merge exceeds
+    model = adapted(count, dtype)
+    for x in loras(model).values():  # all magnitudes differ: of equals PEFT keeps any
+        if x.dtype is not torch.float32:
+            magnitudes = torch.randperm(x.numel()).reshape(x.shape).to(torch.int16) + 8000
+            x.data = magnitudes.view(dtype) * (torch.randint(0, 2, x.shape) * 2 - 1).to(dtype)
+    made = both(model, "ties", majority).tally.made
+    assert made["ties"] == (6 if count <= MOST_SUMMED else 0)
+
+
+def test_gathered_merges_that_are_not_finite_are_peft_s(theirs: Any) -> None:
+    model = adapted(2)
+    model.base_model.model.linear.lora_A["1"].weight.data[0, 0] = torch.inf
+    names = ["0", "1"]
+    given = {"combination_type": "ties", "density": 0.3}
+    model.add_weighted_adapter(names, [1.0, 1.0], "theirs", **given)
+    with ours.enable() as patches:
+        model.add_weighted_adapter(names, [1.0, 1.0], "ours", **given)
+    found, expected = (model.base_model.model.linear.lora_A[name].weight for name in ("ours", "theirs"))
+    assert expected.isinf().any()
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    assert patches.tally.left == {("ties", "an entry that is not finite"): 1}
+    assert patches.tally.made == {"ties": 5}
+
+
+def test_a_merge_that_fails_halfway_leaves_no_empty_tensors(theirs: Any) -> None:
+    model = adapted(2)
+    given = {"combination_type": "ties", "density": 0.3}
+    model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "theirs", **given)
+    del model.base_model.model.conv.scaling["1"]
+    with ours.enable() as patches, pytest.raises(KeyError):
+        model.add_weighted_adapter(["0", "1"], [1.0, 1.0], "ours", **given)
+    assert patches.tally.made == {"ties": 4}
+    expected, found = (model.base_model.model.linear.lora_B[name].weight for name in ("theirs", "ours"))
+    assert torch.equal(found, expected)
+
+
+def test_merges_in_other_threads_are_apart(theirs: Any) -> None:
+    with ours.enable() as patches, ThreadPoolExecutor(2) as pool:
+        models = [adapted(2) for _ in range(2)]
+        given = {"combination_type": "ties", "density": 0.3}
+        jobs = [
+            pool.submit(m.add_weighted_adapter, ["0", "1"], [1.0, 0.5], "merged", **given) for m in models
+        ]
+        for job in jobs:
+            job.result()
+    assert patches.tally.made == {"ties": 12}
+    first, second = (loras(model) for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +206,49 @@ def test_what_a_preset_cannot_do(
     with pytest.raises(PymergeError) as caught:
         pymerge.plan(recipe)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "options"),
+    [
+        ("paper", "ties", {}),
+        ("paper", "linear", {}),
+        ("fusionbench", "ties", {"density": 0.3, "lambda": 0.4}),
+        ("fusionbench", "ties", {"scope": "tensor", "threshold_ties": "first"}),
+        ("peft", "ties", {"density": 0.3, "weight": 0.6}),
+        ("peft", "dare_linear", {"density": 0.3, "weight": 0.6, "seed": 5}),
+        ("peft", "dare_ties", {"density": 0.3, "weight": 0.6, "normalize": False}),
+    ],
+)
+def test_in_memory_they_mean_the_same(
+    family: tuple[Path, list[Tensors]], tmp_path: Path, preset: str, method: str, options: dict[str, object]
+) -> None:
+    paths = [family[0] / f"model{k}" for k in range(EXPERTS + 1)]
+    seed = {"seed": options["seed"]} if "seed" in options else {}
+    given = {name: value for name, value in options.items() if name != "seed"}
+    recipe = write_recipe(
+        tmp_path / "r.yml", method, paths[1:], paths[0], given, [{}] * EXPERTS, preset=preset, **seed
+    )
+    pymerge.merge(recipe, tmp_path / "out")
+    named: dict[str, Any] = {{"lambda": "lambda_"}.get(name, name): value for name, value in options.items()}
+    base, *experts = family[1]
+    if method == "linear":  # in a recipe a base is one more model
+        found = pymerge.merge_tensors(None, [*experts, base], method=method, preset=preset)
+    else:
+        found = pymerge.merge_tensors(base, experts, method=method, preset=preset, **named)
+    expected = read_checkpoint(tmp_path / "out")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_in_memory_they_refuse_the_same() -> None:
+    base, experts = torch.zeros(9), [torch.ones(9), -torch.ones(9)]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"preset": "peft", "weight": [1, 2]}, "weights that differ between experts"),
+        ({"preset": "paper", "method": "dare_ties"}, "dare_ties trims twice there"),
+    ]
+    for options, sentence in wrong:
+        with pytest.raises(PymergeError, match=sentence):
+            pymerge.merge_tensors(base, experts, **options)
 
 
 def test_every_preset_names_methods_that_exist() -> None:

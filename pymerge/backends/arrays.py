@@ -21,16 +21,19 @@ class ArrayKind(Protocol):
     name: str
 
     def fault(self, array: Array) -> str | None: ...  # why no backend takes it, as the end of a sentence
-    def out_fault(self, array: Array) -> str | None: ...  # why nothing can be written there
+    def out_fault(self, array: Array) -> str | None: ...  # why no backend can write there
+    def write_fault(self, array: Array) -> str | None: ...  # why nothing can be copied there
     def device(self, array: Array) -> str: ...
     def shape(self, array: Array) -> tuple[int, ...]: ...
     def count(self, array: Array) -> int: ...
     def span(self, array: Array) -> tuple[int, int]: ...
     def bounds(self, array: Array) -> tuple[int, int]: ...  # the same for any layout
+    def strides(self, array: Array) -> tuple[int, ...]: ...  # in bytes
     def contiguous(self, array: Array) -> Array: ...
     def empty(self, like: Array, dtype: DType) -> Array: ...  # of the same shape, on the same device
     def equal(self, a: Array, b: Array) -> bool: ...
     def copy(self, source: Array, to: Array) -> None: ...
+    def clone(self, array: Array) -> Array: ...
     def as_torch(self, array: Array) -> Array: ...  # in the same memory, where it can be written
 
 
@@ -75,6 +78,9 @@ class _Numpy:
             return f"has the foreign byte order of {array.dtype.str}"
         return "must be contiguous and aligned" if not (flags.c_contiguous and flags.aligned) else None
 
+    def write_fault(self, array: Array) -> str | None:
+        return self.fault(array) or (None if array.flags.writeable else "is read-only")
+
     def device(self, array: Array) -> str:
         return "cpu"
 
@@ -91,6 +97,9 @@ class _Numpy:
     def bounds(self, array: Array) -> tuple[int, int]:
         return _bounds(self.span(array)[0], array.shape, array.strides, array.itemsize)
 
+    def strides(self, array: Array) -> tuple[int, ...]:
+        return tuple(array.strides)
+
     def contiguous(self, array: Array) -> Array:
         native = array.dtype.newbyteorder("=")
         return np.require(array, dtype=native, requirements=["C", "A", "E"])
@@ -102,7 +111,10 @@ class _Numpy:
         return np.array_equal(a, b)
 
     def copy(self, source: Array, to: Array) -> None:
-        np.copyto(to, source)
+        np.copyto(to, source, casting="same_kind")
+
+    def clone(self, array: Array) -> Array:
+        return array.copy()
 
     def as_torch(self, array: Array) -> Array:
         import torch
@@ -143,6 +155,11 @@ class _Torch:
     def out_fault(self, array: Array) -> str | None:
         return None if array.is_contiguous() and not array.is_neg() else "must be contiguous"
 
+    def write_fault(self, array: Array) -> str | None:
+        # Elements that share memory, as expand() makes them, cannot be written.
+        shared = any(not step and size > 1 for step, size in zip(array.stride(), array.shape, strict=True))
+        return self.fault(array) or ("has several elements at one address" if shared else None)
+
     def device(self, array: Array) -> str:
         return str(array.device)
 
@@ -154,15 +171,22 @@ class _Torch:
 
     def span(self, array: Array) -> tuple[int, int]:
         start = int(array.data_ptr())
-        return start, start + int(array.numel()) * int(array.element_size())
+        return start, start + int(array.nbytes)
 
     def bounds(self, array: Array) -> tuple[int, int]:
+        if array.is_contiguous():
+            return self.span(array)
+        return _bounds(int(array.data_ptr()), array.shape, self.strides(array), int(array.element_size()))
+
+    def strides(self, array: Array) -> tuple[int, ...]:
         item = int(array.element_size())
-        return _bounds(int(array.data_ptr()), array.shape, [step * item for step in array.stride()], item)
+        return tuple(step * item for step in array.stride())
 
     def contiguous(self, array: Array) -> Array:
         import torch
 
+        if type(array) is torch.Tensor and array.is_contiguous() and not array.is_neg():
+            return array  # as it nearly always is: the views below take longer than to merge a small tensor
         return array.detach().as_subclass(torch.Tensor).resolve_neg().contiguous()
 
     def empty(self, like: Array, dtype: DType) -> Array:
@@ -180,6 +204,9 @@ class _Torch:
 
         with torch.inference_mode():  # what was made in that mode can be written in no other
             self.as_torch(to).copy_(source)
+
+    def clone(self, array: Array) -> Array:
+        return array.detach().clone()
 
     def as_torch(self, array: Array) -> Array:
         import torch

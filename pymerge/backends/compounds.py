@@ -16,18 +16,20 @@ def dtype_code(dtype: DType | None) -> int:
     return -1 if dtype is None or dtype.code is None else dtype.code
 
 
+# Looked up, because a mixture of experts has a third of a million regions.
+_KINDS = {dtype: (dtype.itemsize, dtype_code(dtype)) for dtype in DType if dtype.bits % 8 == 0}
+
+
 class CompoundTable:
     """Numbers the compounds of one run; `slots`: the core's number of each file."""
 
     def __init__(self, slots: Mapping[int, int]) -> None:
         self.rows: list[dict[str, object]] = []
         self._slots = slots
-        # Looked up, because a mixture of experts has a third of a million regions.
-        self._kinds = {dtype: (dtype.itemsize, dtype_code(dtype)) for dtype in DType if dtype.bits % 8 == 0}
 
     def regions(self, sources: Iterable[Source]) -> array[int]:
         """Rows of (start, slot, item bytes, dtype code), one after the other."""
-        slots, kinds = self._slots, self._kinds
+        slots, kinds = self._slots, _KINDS
         return array(
             "q",
             [

@@ -225,10 +225,10 @@ class _RuleTable:
         self._numbers: dict[Rule, int] = {}
 
     def number(self, rule: Rule) -> int:
-        if rule not in self._numbers:
-            self._numbers[rule] = len(self.rows)
+        number = self._numbers.setdefault(rule, len(self.rows))
+        if number == len(self.rows):
             self.rows.append(_rule_row(rule))
-        return self._numbers[rule]
+        return number
 
 
 def _rule_row(rule: Rule) -> dict[str, object]:

@@ -12,13 +12,15 @@ own code, so results have PEFT's bits, but for entries equal to a threshold, of 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from pymerge.errors import BackendError, PymergeError
-from pymerge.integrations import patches
+from pymerge.integrations import patches, peft_batch
 from pymerge.integrations.calls import why_left
 from pymerge.integrations.patches import Function, Left, Patches, Tally, patches_of
+from pymerge.integrations.peft_batch import Gathering
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,8 +29,6 @@ TOOL = "PEFT"
 # Below so many elements PEFT is faster than a call of merge_tensors (0.3 ms), by magnitude and by sum.
 SMALLEST_TRIM = 1 << 14
 SMALLEST_SUM = 1 << 18
-# torch adds up more in an order of its own, so bits would differ.
-MOST_SUMMED = 4
 FUNCTIONS = ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
 
 
@@ -48,11 +48,13 @@ def enable() -> Patches:
         "task_arithmetic": _task_arithmetic,
     }
     made = Patches(TOOL)
-    for owner in (utils, model):  # `model` has imported them by name
-        for name in FUNCTIONS:
-            merge = ours.get(name, _drawn)
-            # The model puts results into `.data`, so there no gradient of the adapters is wanted.
-            made.replace(owner, name, _maker(name, _without_gradient(merge) if owner is model else merge))
+    originals = {name: getattr(utils, name) for name in FUNCTIONS}
+    running = peft_batch.patch(made, model, originals)
+    for name in FUNCTIONS:
+        merge = ours.get(name, _drawn)
+        made.replace(utils, name, _maker(name, merge))
+        # `model` has imported them by name, and puts results into `.data`, so no gradient is wanted.
+        made.replace(model, name, _maker(name, _without_gradient(merge), running))
     return made
 
 
@@ -80,10 +82,16 @@ def _modules() -> tuple[Any, Any]:
     return peft.utils.merge_utils, peft.tuners.lora.model
 
 
-def _maker(name: str, ours: Function) -> Callable[[Function, Tally], Function]:
+def _maker(
+    name: str, ours: Function, running: ContextVar[Gathering | None] | None = None
+) -> Callable[[Function, Tally], Function]:
     def make(original: Function, tally: Tally) -> Function:
         @wraps(original)
         def merge(*given: Any, **named: Any) -> Any:
+            gathering = running.get() if running else None
+            gathered = gathering.take(name, given, named) if gathering else None
+            if gathered is not None:
+                return gathered
             try:
                 result = ours(*given, **named)
             except (Left, PymergeError, TypeError) as reason:  # TypeError: other arguments than are known
@@ -131,8 +139,8 @@ def _task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     from pymerge.tensors import merge_tensors
 
     _check(task_tensors, SMALLEST_SUM)
-    if len(task_tensors) > MOST_SUMMED:
-        raise Left(f"more than {MOST_SUMMED} adapters")
+    if len(task_tensors) > peft_batch.MOST_SUMMED:
+        raise Left(f"more than {peft_batch.MOST_SUMMED} adapters")
     if weights.dtype is not torch.float32 or weights.shape != (len(task_tensors),) or weights.requires_grad:
         raise Left("weights of another kind")
     return merge_tensors(
