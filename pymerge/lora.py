@@ -11,7 +11,7 @@ from typing import Any
 
 from pymerge.adapted import Adapted
 from pymerge.checkpoint.header import TensorEntry, read_header
-from pymerge.checkpoint.index import Checkpoint, Shard, TensorRef, open_checkpoint
+from pymerge.checkpoint.index import Checkpoint, Seen, Shard, TensorRef, open_checkpoint
 from pymerge.errors import CheckpointError, ProblemList
 from pymerge.files import Malformed, json_object, read_file
 from pymerge.job import Product, Region, Source
@@ -50,13 +50,14 @@ class _Pair:
     b: TensorRef
 
 
-def open_adapted(both: Adapted, first_file: int) -> tuple[Checkpoint, dict[str, Source]]:
+def open_adapted(both: Adapted, first_file: int, seen: Seen) -> tuple[Checkpoint, dict[str, Source]]:
     """The model with its LoRA as one checkpoint, and the tensors made of both.
 
     Tensors that the LoRA keeps whole (modules_to_save) stand in place of the model's. `first_file`: the
-    number of the model's first file. Raises CheckpointError or ProblemList.
+    number of the model's first file; `seen`: as `open_checkpoint` takes it. Raises CheckpointError or
+    ProblemList.
     """
-    model = open_checkpoint(both.model)
+    model = open_checkpoint(both.model, seen)
     config = _read_config(both.lora)
     path = both.lora / WEIGHTS_NAME
     header = read_header(path)

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from pymerge.adapted import Adapted
-from pymerge.checkpoint.index import Checkpoint, open_checkpoint
+from pymerge.checkpoint.index import Checkpoint, Seen, open_checkpoint
 from pymerge.checkpoint.sidefiles import ties_head, vocabulary_of
 from pymerge.errors import CheckpointError, ProblemList
 from pymerge.job import Source
 from pymerge.lora import open_adapted
-from pymerge.plan_checks import Input
+from pymerge.plan_checks import Input, distinct_tables
 from pymerge.plan_rule import Part, identity
 from pymerge.text import shown
 
@@ -37,13 +37,14 @@ def open_inputs(
     experts = [entry.path for part in parts for entry in part.experts]
     merged = set(map(identity, experts))
     inputs: dict[str, Input] = {}
+    seen = Seen.nothing()
     first = 0
     for path in [*bases, *experts]:
         key = identity(path)
         if path in missing or key in inputs:
             continue
         try:
-            checkpoint, made = _opened(path, adapted, first)
+            checkpoint, made = _opened(path, adapted, first, seen)
         except ProblemList as error:
             problems.extend(error.problems)
             continue
@@ -57,14 +58,16 @@ def open_inputs(
 
 
 def _opened(
-    path: Path, adapted: Mapping[Path, Adapted], first: int
+    path: Path, adapted: Mapping[Path, Adapted], first: int, seen: Seen
 ) -> tuple[Checkpoint, Mapping[str, Source]]:
-    return open_adapted(adapted[path], first) if path in adapted else (open_checkpoint(path), {})
+    if path in adapted:
+        return open_adapted(adapted[path], first, seen)
+    return open_checkpoint(path, seen), {}
 
 
 def _with_heads(inputs: Mapping[str, Input], notes: list[str]) -> dict[str, Input]:
     """A model whose head is its embedding lends that to others that have a head of their own."""
-    names = dict.fromkeys(name for source in inputs.values() for name in source.checkpoint.tensors)
+    names = dict.fromkeys(name for table in distinct_tables(inputs.values()) for name in table)
     found = list(filter(_HEAD.search, names))
     heads = {
         name: None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pymerge.methods import Base, Method
-from pymerge.plan_checks import Input, check_pairs, named
+from pymerge.plan_checks import Input, check_pairs, distinct_tables, named
 from pymerge.plan_rule import Part
 from pymerge.rule import Blend
 
@@ -18,8 +18,11 @@ _OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler
 def lacked(inputs: Sequence[Input]) -> dict[str, tuple[bool, ...]]:
     """The optional tensors that not every input has, and which have them."""
     tables = [source.checkpoint.tensors for source in inputs]
-    names = dict.fromkeys(name for table in tables for name in table)
-    held = {name: tuple(name in table for table in tables) for name in filter(_OPTIONAL.search, names)}
+    distinct = distinct_tables(inputs)
+    if len(distinct) < 2:
+        return {}
+    names = dict.fromkeys(name for table in distinct for name in table)
+    held = {name: tuple([name in table for table in tables]) for name in filter(_OPTIONAL.search, names)}
     return {name: has for name, has in held.items() if not all(has)}
 
 

@@ -18,7 +18,7 @@ from pymerge.collector import collector_paused
 from pymerge.dtypes import DType, promote
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.explaining import numbers_of
-from pymerge.job import Product, Region, TensorJob, bytes_of, products_of, row_of
+from pymerge.job import Product, Region, Source, TensorJob, bytes_of, products_of, row_of
 from pymerge.methods import Method, method_named
 from pymerge.parameters import Preset
 from pymerge.plan_checks import (
@@ -345,18 +345,19 @@ def _jobs(
     known = {
         origin.name: (origin, rule) for origin, rule in zip(found.outline.origins, found.rules, strict=True)
     }
+    has_base = [part.base is not None for part in found.parts]
 
     def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
         origin, rule = known[output.name]
         sources = found.members[origin.part]
-        given = tuple([source.source(name) for source, name in zip(sources, origin.inputs, strict=True)])
-        has_base = found.parts[origin.part].base is not None
+        given = _given(sources, origin.inputs)
+        with_base = has_base[origin.part]
         entry = sources[0].checkpoint.tensors[origin.inputs[0]].entry
         return TensorJob(
             name=output.name,
             count=entry.count,
-            base=given[0] if has_base else None,
-            experts=given[1:] if has_base else given,
+            base=given[0] if with_base else None,
+            experts=given[1:] if with_base else given,
             out=Region(output.dtype, layout.offsets[output.name], files + number),
             rule=rule if origin.merges else None,
             cast=cast if origin.merges else None,
@@ -367,6 +368,23 @@ def _jobs(
         tuple(job(layout, number, output) for output in layout.tensors)
         for number, layout in enumerate(layouts)
     )
+
+
+def _given(inputs: Sequence[Input], names: Sequence[str]) -> tuple[Source, ...]:
+    """Where the elements of one tensor come from; inputs that share a table are looked up once."""
+    given: list[Source] = []
+    last, last_name = None, ""
+    for source, name in zip(inputs, names, strict=True):
+        if source.made:
+            given.append(source.source(name))
+            continue
+        table = source.checkpoint.tensors
+        if table is not last or name != last_name:
+            last, last_name = table, name
+            shard, entry = table[name]
+            dtype, begin = entry.dtype, entry.begin
+        given.append(Region(dtype, begin, source.first_file + shard))
+    return tuple(given)
 
 
 def bytes_read_by(jobs: Sequence[TensorJob]) -> int:

@@ -11,7 +11,7 @@ import pytest
 from made import SHAPES, recipe_text, write_checkpoint
 
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
-from pymerge.checkpoint.index import Checkpoint, Shard, TensorRef
+from pymerge.checkpoint.index import Checkpoint, Seen, Shard, TensorRef
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.job import Region
@@ -353,7 +353,7 @@ def test_a_mixture_of_experts_is_planned_in_seconds(
     entries = {name: TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n, name in enumerate(names)}
     header = Header(entries, {}, "digest", 64 + 8 * 36_000, 0)
 
-    def synthetic(path: Path) -> Checkpoint:
+    def synthetic(path: Path, seen: Seen) -> Checkpoint:
         refs = {name: TensorRef(0, entry) for name, entry in entries.items()}
         return Checkpoint(path, (Shard(path / "model.safetensors", header),), refs)
 

@@ -223,8 +223,16 @@ class _RuleTable:
     def __init__(self) -> None:
         self.rows: list[dict[str, object]] = []
         self._numbers: dict[Rule, int] = {}
+        self._last: Rule | None = None
+        self._number = 0
 
     def number(self, rule: Rule) -> int:
+        if rule is self._last:  # to hash a rule takes longer than all else that is done for a job
+            return self._number
+        self._last, self._number = rule, self._looked_up(rule)
+        return self._number
+
+    def _looked_up(self, rule: Rule) -> int:
         if rule not in self._numbers:
             self._numbers[rule] = len(self.rows)
             self.rows.append(_rule_row(rule))
