@@ -64,7 +64,7 @@ def identity(path: Path) -> str:
 def donor_path(recipe: Recipe) -> Path:
     """The checkpoint whose configuration and tokenizer the output gets: the base, else the first model."""
     path = recipe.base if recipe.base is not None else recipe.stack[0].sources[0].path
-    return recipe.adapted[path].model if path in recipe.adapted else path
+    return recipe.home(path)
 
 
 def parts_of(recipe: Recipe, method: Method | None, problems: list[str], notes: list[str]) -> list[Part]:

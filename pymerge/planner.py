@@ -6,17 +6,17 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from pymerge.checkpoint.index import Shard
 from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out, stem_like
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.collector import collector_paused
 from pymerge.dtypes import DType, promote
-from pymerge.errors import ProblemList, PymergeError
+from pymerge.errors import ProblemList, collected
 from pymerge.explaining import numbers_of
 from pymerge.job import Product, Region, Source, TensorJob, bytes_of, products_of, row_of
 from pymerge.methods import Method, method_named
@@ -29,7 +29,7 @@ from pymerge.plan_checks import (
 )
 from pymerge.plan_inputs import open_inputs
 from pymerge.plan_modules import examine_modules, parts_of_modules
-from pymerge.plan_rule import Part, donor_path
+from pymerge.plan_rule import Part, donor_path, identity
 from pymerge.plan_side import carried, side_files
 from pymerge.plan_stack import Outline
 from pymerge.plan_text import describe_parts, notes_of
@@ -38,8 +38,6 @@ from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
 from pymerge.text import shown
 from pymerge.version import NUMERICS_VERSION, VERSION
-
-T = TypeVar("T")
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -234,18 +232,17 @@ def _examine(
     """Everything that recipe, headers and side files show; problems are added to the list."""
     notes = list(recipe.notes)
     # A draft without a method says so itself.
-    method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
+    method = collected(problems, lambda: method_named(recipe.method)) if recipe.method else None
     parts = parts_of_modules(recipe, method, problems, notes)
     inputs = open_inputs([part for some in parts for part in some], missing, recipe.adapted, problems, notes)
     check_configs(list(inputs.values()), problems)
     donor = donor_path(recipe)
-    vocabulary = None
-    if not problems:
-        inputs, vocabulary = remap(recipe, inputs, donor, problems)
+    complete = len(inputs) == len({identity(m.path) for some in parts for p in some for m in p.members})
+    inputs, vocabulary = remap(recipe, inputs, donor, missing, complete, problems)
     merged = examine_modules(recipe, method, parts, inputs, problems, notes)
     unties = any(source.lends and source.home == donor for source in inputs.values())
     side_files = (
-        {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary, unties))
+        {} if donor in missing else collected(problems, lambda: carried(recipe, donor, vocabulary, unties))
     )
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
@@ -304,17 +301,6 @@ def _stem(inputs: Sequence[Input], donor: Path) -> str:
     """Files are called as those of the model whose configuration the output gets."""
     like = next((source for source in inputs if source.home == donor), inputs[0])
     return stem_like(like.checkpoint.shards[0].path.name)
-
-
-def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
-    """What `action` gives; its error is added to the problems."""
-    try:
-        return action()
-    except ProblemList as error:
-        problems.extend(error.problems)
-    except PymergeError as error:
-        problems.append(str(error))
-    return None
 
 
 def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:

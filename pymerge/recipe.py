@@ -103,6 +103,10 @@ class Recipe:
             named.append(self.tokenizer.source)
         return list(dict.fromkeys(path for name in named for path in self.adapted.get(name, (name,))))
 
+    def home(self, path: Path) -> Path:
+        """The model that `path` stands for, without the LoRA that it may have: where its side files lie."""
+        return self.adapted[path].model if path in self.adapted else path
+
     def scopes(self, part: Slice, entry: ModelEntry | None = None) -> tuple[Mapping[str, Parameter], ...]:
         """Where parameters are looked up, the nearest first: those of one model, or of all models."""
         shared = (part.parameters, self.module, self.parameters)
