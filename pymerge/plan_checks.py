@@ -204,7 +204,7 @@ def check_output(out: Path, inputs: Iterable[Path], problems: list[str]) -> None
         problems.append(f"output {out} cannot be the name of a folder")
         return
     if os.path.lexists(out):
-        problems.append(f"output {out} exists already")
+        problems.append(f"output {out} exists already; remove it, or give another name")
     target = _real(out)
     for path in dict.fromkeys(inputs):
         given = _real(path)

@@ -26,6 +26,9 @@ OF_EXPERTS = ("weight", "density", "gamma", "epsilon", "scale")
 OF_ALL = ("lambda", "normalize", "rescale", *(name for name in DEFAULTS if name != "scale"))
 
 
+_ONE_MORE = "; it is the base_model, and as models does not list it, it is one more of them"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A slice of the output as a method takes it: experts, and apart the base that they are relative to.
@@ -192,7 +195,8 @@ class _Resolver:
         place = "" if self.is_constant else f" (tensor {shown(origin.name)})"
         for entry, weight in zip(self.part.experts, each["weight"], strict=True):
             if weight is None and method.weighted and defaults.weight is None:
-                self._say(f"{method.name} needs a weight for {entry.path}", place)
+                more = "" if entry in self.part.slice.sources else _ONE_MORE
+                self._say(f"{method.name} needs a weight for {entry.path}{more}", place)
         try:
             # A weight that is missing is taken as 1, so that the other numbers are judged all the same.
             density = method.density if defaults.density is None else defaults.density
