@@ -9,7 +9,7 @@ from dataclasses import replace
 from pymerge.methods import Base, Method
 from pymerge.plan_checks import Input, check_pairs, distinct_tables, named
 from pymerge.plan_rule import Part
-from pymerge.rule import Blend
+from pymerge.rule import Blend, Fuse
 
 # What architectures call optional: biases, heads, poolers, and buffers that newer versions do not save.
 _OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler\.|(^|\.)position_ids$")
@@ -64,9 +64,12 @@ def reduced(
                 problems.append(f"{method.name} cannot merge {what}")
             continue
         whose = f"is {holders[0].label}'s" if alone else f"is merged from the {len(holders)} that have it"
-        notes.append(f"{what}: each {whose}")
+        claims = f", of which at most {experts} can vote" if method.fuse is Fuse.CONSENSUS and experts else ""
+        notes.append(f"{what}: each {whose}{claims}")
         base = part.base if has_base and not alone else None
-        smaller = replace(part, base=base, experts=tuple(members[has_base and not alone :]), copies=alone)
+        smaller = replace(
+            part, base=base, experts=tuple(members[has_base and not alone :]), copies=alone, fewer=True
+        )
         check_pairs(holders, [(name,) * len(holders) for name in names], problems)
         found[tuple(names)] = (smaller, holders)
     return found

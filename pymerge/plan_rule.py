@@ -34,7 +34,7 @@ class Part:
     """A slice of the output as a method takes it: experts, and apart the base that they are relative to.
 
     `where`: how messages call it; empty when it is the whole output. `copies`: its one expert is the result,
-    whatever the method.
+    whatever the method. `fewer`: it merges tensors that some of the recipe's models lack.
     """
 
     slice: Slice
@@ -42,6 +42,7 @@ class Part:
     experts: tuple[ModelEntry, ...]
     where: str
     copies: bool = False
+    fewer: bool = False
 
     @property
     def members(self) -> tuple[ModelEntry, ...]:
@@ -192,6 +193,11 @@ class _Resolver:
         }
         all_ = {name: value_at(cases, origin.name, origin.t) for name, cases in self._all.items()}
         top, method, defaults = self._recipe.parameters, self._method, self._defaults
+        options = {name: each["scale"][0] if name == "scale" else all_[name] for name in method.own}
+        if self.part.fewer and "votes" in options:
+            votes = options["votes"]
+            most = len(self.part.experts)  # more cannot claim an entry
+            options["votes"] = min(_number(votes, float(DEFAULTS["votes"] or 0)), most)
         place = "" if self.is_constant else f" (tensor {shown(origin.name)})"
         for entry, weight in zip(self.part.experts, each["weight"], strict=True):
             if weight is None and method.weighted and defaults.weight is None:
@@ -223,7 +229,7 @@ class _Resolver:
                 one_more=defaults.one_more,
                 seed=self._recipe.seed,
                 names=[str(entry.path) for entry in self.part.experts],
-                options={name: each["scale"][0] if name == "scale" else all_[name] for name in method.own},
+                options=options,
                 has_base=self.part.base is not None,
             )
         except ProblemList as error:

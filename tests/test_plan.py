@@ -89,8 +89,8 @@ def test_the_base_of_linear_is_one_of_the_models(family: Path) -> None:
     assert all(job.base is None for shard in plan.jobs for job in shard)
     assert plan.rules[0].weights == (1.0, 1.0, 2.0)
     assert problems(family, method="linear") == (
-        f"linear needs a weight for {family}/base; it is the base_model, and as models does not list it, it is"
-        " one more of them",
+        f"linear needs a weight for {family}/base; it is the base_model, and as models does not list it, it"
+        " is one more of them",
     )
     listed = make_plan(parse_recipe(recipe_text("linear", ["base", "one"], "base"), family), None)
     assert listed.experts == 2
