@@ -278,24 +278,31 @@ def info(as_json: bool) -> None:
 @main.command()
 def methods() -> None:
     """List the merge methods and their defaults."""
-    from pymerge.explaining import own_defaults
+    from pymerge.explaining import defaults_in_words
     from pymerge.methods import METHODS
+    from pymerge.presets import Defaults
 
     for method in METHODS.values():
         say(f"{method.name:<16} {method.summary}")
-        flags = f"trim {method.trim.value}, elect {_yes(method.elect)}"
-        flags += f", normalize {_yes(method.normalize)}, rescale {_yes(method.rescale)}"
-        say(f"{'':<16} {', '.join(own_defaults(method)) or flags}")
+        say(f"{'':<16} {', '.join(defaults_in_words(method, Defaults())) or 'no parameters'}")
 
 
 @main.command()
 @click.argument("method")
-def explain(method: str) -> None:
+@click.option(
+    "--preset",
+    type=click.Choice(["mergekit", "paper", "peft", "fusionbench"]),
+    default="mergekit",
+    show_default=True,
+    help="Whose defaults to show.",
+)
+def explain(method: str, preset: str) -> None:
     """Show what METHOD needs and does: statistics, stages, passes over the inputs, bytes."""
     from pymerge.explaining import explain as explained
     from pymerge.methods import method_named
+    from pymerge.parameters import Preset
 
-    say(explained(method_named(method)))
+    say(explained(method_named(method), Preset(preset)))
 
 
 @main.command()
@@ -339,7 +346,3 @@ def _size(text: str | None) -> int | None:
     from pymerge.checkpoint.layout import parse_size
 
     return None if text is None else parse_size(text)
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from pymerge.text import printable
+
+T = TypeVar("T")
 
 PROBLEMS_SHOWN = 20
 
@@ -48,6 +51,17 @@ class ProblemList(PymergeError):
         more = len(self.problems) - PROBLEMS_SHOWN
         rest = () if more <= 0 else (f"and {more:,} more problem{'s' if more > 1 else ''}",)
         return (*self.problems[:PROBLEMS_SHOWN], *rest)
+
+
+def collected(problems: list[str], action: Callable[[], T]) -> T | None:
+    """What `action` gives; what it raises is added to `problems`, one sentence each, and it gives None."""
+    try:
+        return action()
+    except ProblemList as error:
+        problems.extend(error.problems)
+    except PymergeError as error:
+        problems.append(str(error))
+    return None
 
 
 class Cancelled(PymergeError):

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from pymerge.blending import DEFAULTS
 from pymerge.methods import Base, Method
+from pymerge.parameters import Preset
+from pymerge.presets import Defaults, defaults_of
 from pymerge.rule import READ_ONCE, Blend, Blending, Fuse, Fusing, Rule, Trim, Vectors
 
 
-def explain(method: Method) -> str:
-    """The row in words: statistics, stages, passes over the inputs, bytes moved; derived from it alone."""
+def explain(method: Method, preset: Preset = Preset.MERGEKIT) -> str:
+    """The row in words: statistics, stages, passes over the inputs, bytes moved; derived from it alone.
+
+    `preset`: whose defaults are shown. Raises RecipeError where it has no such method.
+    """
+    assumed = defaults_of(preset, method.name)
+    method = replace(
+        method,
+        normalize=method.normalize if assumed.normalize is None else assumed.normalize,
+        density=method.density if assumed.density is None else assumed.density,
+        rescale=method.rescale and not assumed.by_density,
+    )
     lines = [f"{method.name}: {method.summary}", f"paper       {method.paper}"]
-    lines += [f"{label:<12}{text}" for label, text in _explained(method)]
+    if preset is not Preset.MERGEKIT:
+        lines.append(f"preset      {'; '.join([preset.value, *_meant(assumed)])}")
+    lines += [f"{label:<12}{text}" for label, text in _explained(method, assumed)]
     return "\n".join(lines)
+
+
+def _meant(assumed: Defaults) -> Iterator[str]:
+    """What a preset means beside numbers."""
+    if assumed.one_more:
+        yield "one entry more than int(density * n) is kept"
+    if assumed.by_density:
+        yield "what is kept is divided by the density, unless rescale is given"
+    if assumed.plain_vote:
+        yield "weights neither vote nor divide the mean, so all experts need the same"
+    if assumed.differs:
+        yield assumed.differs
 
 
 def numbers_of(method: Method, rule: Rule) -> list[str]:
@@ -23,7 +52,7 @@ def numbers_of(method: Method, rule: Rule) -> list[str]:
         "gamma": " and ".join(f"{gamma:g}" for gamma in dict.fromkeys(rule.gammas)) or None,
         "epsilon": " and ".join(f"{epsilon:g}" for epsilon in dict.fromkeys(rule.epsilons)) or None,
         "rescale": str(rule.rescale).lower() if method.dense else None,
-        "normalize": str(rule.normalize).lower() if _normalizes(method) else None,
+        "normalize": str(rule.normalize).lower() if normalizes(method) else None,
         "lambda": f"{rule.lambda_:g}" if method.scales else None,
         "seed": rule.seed if method.trim.drawn else None,
         "select_topk": f"{rule.densities[0]:g}" if method.trim is Trim.VARIANCE else None,
@@ -33,7 +62,7 @@ def numbers_of(method: Method, rule: Rule) -> list[str]:
     return [*words, *(_numbers_of_fuse(rule.fuse) if rule.fuse else ())]
 
 
-def _normalizes(method: Method) -> bool:
+def normalizes(method: Method) -> bool:
     """Whether normalize says anything."""
     return not method.own and method.fuse is None and method.trim is not Trim.IMPORTANCE
 
@@ -80,7 +109,7 @@ _TRIMS = {
 }
 _FUSES = {
     Fuse.SWAP: "share * x + (1 - share) * base, share = t / |x - base| between 0 and 1",
-    Fuse.OVERLAP: "the mean of the entries past epsilon; one alone goes whole, times its expert's factor",
+    Fuse.OVERLAP: "the mean of the entries past epsilon; one alone goes whole",
     Fuse.ENERGY: "sum of energy * entry over what agrees, divided by the energies that took part",
     Fuse.LARGEST: "the largest weight * entry",
     Fuse.ELECTED: "the largest weight * entry of the elected sign",
@@ -95,7 +124,7 @@ _INPUTS = {
 }
 
 
-def _explained(method: Method) -> list[tuple[str, str]]:
+def _explained(method: Method, assumed: Defaults) -> list[tuple[str, str]]:
     count, streams = _INPUTS[method.base]
     if method.most == method.fewest:
         streams = streams.replace("K inputs", "1 input" if method.most == 1 else f"{method.most} inputs")
@@ -106,7 +135,7 @@ def _explained(method: Method) -> list[tuple[str, str]]:
     factor = f"{times} * {each} * input size" if times > 1 else f"{each} * input size"
     return [
         ("inputs", f"{streams}, one weight for each expert" if method.weighted else streams),
-        ("defaults", ", ".join(_defaults(method)) or "none"),
+        ("defaults", ", ".join(defaults_in_words(method, assumed)) or "none"),
         ("statistics", _statistics(method)),
         ("trim", _TRIMS[method.trim]),
         ("elect", _elect(method)),
@@ -143,6 +172,8 @@ def _combine(method: Method) -> str:
         combine = _FUSES[method.fuse]
         if method.fuse is Fuse.SWAP:
             return combine
+        if "alpha" in method.own:
+            combine += ", times its expert's factor"
     else:
         combine = f"sum of {'coefficient' if method.blend else 'weight'} * entry"
         if method.normalize:
@@ -169,22 +200,24 @@ def _passes(method: Method) -> tuple[str, int]:
     return ("1 (2 with rescale: true)" if method.dense else "1"), 1
 
 
-def _defaults(method: Method) -> list[str]:
-    words = [f"normalize {str(method.normalize).lower()}"] if _normalizes(method) and not method.blend else []
+def defaults_in_words(method: Method, assumed: Defaults) -> list[str]:
+    """Every parameter that the method has, and its value where a recipe is silent.
+
+    `assumed`: of a preset, what the row itself does not hold.
+    """
+    words = [] if assumed.weight is None else [f"weight {assumed.weight:g}"]
+    if normalizes(method) and not method.blend:
+        words.append(f"normalize {str(method.normalize).lower()}")
     if method.dense:
         words += [f"density {method.density:g}", f"rescale {str(method.rescale).lower()}"]
+    if method.trim.by_magnitude:
+        words += [f"scope {assumed.scope.value}", f"threshold_ties {assumed.threshold_ties.value}"]
     if method.trim is Trim.OUTLIERS:
         words.append(f"gamma {method.gamma:g}")
     if method.trim is Trim.RANKED:
         words.append(f"epsilon {method.epsilon:g}")
     if method.scales:
-        words.append("lambda 1")
-    return words + own_defaults(method)
-
-
-def own_defaults(method: Method) -> list[str]:
-    """The parameters that only this method has, each with what it is where a recipe is silent."""
-    words = []
+        words.append(f"lambda {assumed.lambda_:g}")
     for name in method.own:
         value = DEFAULTS[name]
         text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if value is not None else ""

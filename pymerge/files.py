@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pymerge.errors import CheckpointError, PymergeError
+from pymerge.text import is_unicode
 
 LFS_MAGIC = b"version https://git-lfs"
 LFS_POINTER = "a git-LFS pointer and not the file itself; fetch it with `git lfs pull`"
@@ -101,11 +102,7 @@ def object_in(path: Path, data: bytes) -> dict[str, Any]:
 
 def is_path(text: str) -> bool:
     """Whether a path can be written so: valid Unicode without NUL."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return bool(text) and "\0" not in text
+    return bool(text) and "\0" not in text and is_unicode(text)
 
 
 def is_file_name(name: str) -> bool:

@@ -143,8 +143,7 @@ class TensorJob:
         """Whether the bytes of the inputs, all the same, are the result."""
         if self.rule is None:
             return True
-        types = {self.experts[0].dtype, self.cast or self.out.dtype}
-        return self.rule.copy and types == {self.out.dtype}
+        return self.rule.copy and {self.experts[0].dtype, self.cast or self.out.dtype} == {self.out.dtype}
 
     @property
     def reads(self) -> int:

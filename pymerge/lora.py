@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pymerge.adapted import Adapted
 from pymerge.checkpoint.header import TensorEntry, read_header
-from pymerge.checkpoint.index import Checkpoint, Shard, TensorRef, open_checkpoint
-from pymerge.errors import CheckpointError, ProblemList
+from pymerge.checkpoint.index import Checkpoint, Seen, Shard, TensorRef, open_checkpoint
+from pymerge.errors import CheckpointError, ProblemList, collected
 from pymerge.files import Malformed, json_object, read_file
 from pymerge.job import Product, Region, Source
 from pymerge.text import shown
@@ -25,6 +25,7 @@ _PREFIX = "base_model.model."
 # A repeated group can make a search take for ever, and the pattern comes from someone else's file.
 _REPEATED_GROUP = re.compile(r"\)[*+?{]")
 _LONGEST_PATTERN = 1000
+_MODULES_TO_SAVE = re.compile(r"\.modules_to_save(\.default)?\.")
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.[^.]+)??(\.weight)?")
 # Keys of the configuration that change the arithmetic, and the values that leave it as it is.
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -50,28 +51,35 @@ class _Pair:
     b: TensorRef
 
 
-def open_adapted(both: Adapted, first_file: int) -> tuple[Checkpoint, dict[str, Source]]:
+def open_adapted(both: Adapted, first_file: int, seen: Seen) -> tuple[Checkpoint, dict[str, Source]]:
     """The model with its LoRA as one checkpoint, and the tensors made of both.
 
     Tensors that the LoRA keeps whole (modules_to_save) stand in place of the model's. `first_file`: the
-    number of the model's first file. Raises CheckpointError or ProblemList.
+    number of the model's first file; `seen`: as `open_checkpoint` takes it. Raises CheckpointError or
+    ProblemList.
     """
-    model = open_checkpoint(both.model)
-    config = _read_config(both.lora)
+    problems: list[str] = []
     path = both.lora / WEIGHTS_NAME
-    header = read_header(path)
-    number = len(model.shards)
+    model = collected(problems, lambda: open_checkpoint(both.model, seen))
+    config = collected(problems, lambda: _read_config(both.lora))
+    header = collected(problems, lambda: read_header(path))
+    if header is None:
+        raise ProblemList(problems)
+    number = len(model.shards) if model else 0
     refs = {name: TensorRef(number, entry) for name, entry in header.tensors.items()}
-    pairs, whole = _sorted_out(path, refs)
-    problems = [*_misfits(path, model, pairs, whole)]
+    pairs, whole = _sorted_out(path, refs, problems)
+    if model is None:
+        raise ProblemList(problems)
+    problems += _misfits(path, model, pairs, whole)
     tensors = {**model.tensors, **whole}
     made: dict[str, Source] = {}
-    for pair in pairs if not problems else ():
+    for pair in pairs if config is not None else ():
         name = f"{pair.module}.weight"
-        try:
-            made[name] = _product(config, pair, tensors[name], first_file)
-        except Malformed as problem:
-            problems.append(f"{path}: tensor {shown(name)}: {problem}")
+        if name in tensors:
+            try:
+                made[name] = _product(config or {}, pair, tensors[name], first_file)
+            except Malformed as problem:
+                problems.append(f"{path}: tensor {shown(name)}: {problem}")
     if problems:
         raise ProblemList(problems)
     return Checkpoint(both.path, (*model.shards, Shard(path, header)), tensors), made
@@ -82,59 +90,81 @@ def _read_config(folder: Path) -> dict[str, Any]:
     data = read_file(path, MAX_CONFIG_BYTES)
     try:
         config = json_object(data)
-        for key, plain in _PLAIN.items():
-            if config.get(key) not in plain:
-                raise Malformed(
-                    f"{key} {shown(config[key])} is not supported" if key in config else f"{key} is missing"
-                )
-        for key in ("r", "lora_alpha"):
-            if not _is_number(config.get(key)):
-                raise Malformed(f"{key} is {shown(config.get(key))}, expected a number above 0")
-        for key in ("use_rslora", "fan_in_fan_out"):
-            if not isinstance(config.get(key) or False, bool):
-                raise Malformed(f"{key} is {shown(config[key])}, expected true or false")
-        ranks = [config["r"]]
-        for key in ("rank_pattern", "alpha_pattern"):
-            pattern = config.get(key) or {}
-            if not isinstance(pattern, dict) or not all(map(_is_number, pattern.values())):
-                raise Malformed(f"{key} is no mapping of numbers")
-            ranks += pattern.values() if key == "rank_pattern" else ()
-            if any(len(text) > _LONGEST_PATTERN or _REPEATED_GROUP.search(text) for text in pattern):
-                raise Malformed(f"{key} has a pattern that is too long or repeats a group")
-        if any(rank != int(rank) for rank in ranks):
-            raise Malformed(
-                f"a rank is {shown(next(r for r in ranks if r != int(r)))}, expected a whole number"
-            )
     except Malformed as problem:
         raise CheckpointError(f"{path}: {problem}") from None
+    if problems := [f"{path}: {problem}" for problem in _wrong_in(config)]:
+        raise ProblemList(problems)
     return config
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9
+def _wrong_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """What a configuration asks for that cannot be done, one clause each."""
+    for key, plain in _PLAIN.items():
+        if config.get(key) not in plain:
+            yield f"{key} {shown(config[key])} is not supported" if key in config else f"{key} is missing"
+    if not _is_rank(config.get("r")):
+        yield f"r is {shown(config.get('r'))}, expected a whole number above 0"
+    if not _is_factor(config.get("lora_alpha")):
+        yield f"lora_alpha is {shown(config.get('lora_alpha'))}, expected a number from 1e-9 to 1e9"
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(config.get(key) or False, bool):
+            yield f"{key} is {shown(config[key])}, expected true or false"
+    expected = {"rank_pattern": (_is_rank, "whole numbers above 0"), "alpha_pattern": (_is_factor, "numbers")}
+    for key, (fits, what) in expected.items():
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict):
+            yield f"{key} is {shown(pattern)}, expected a mapping of {what}"
+            continue
+        if any(len(text) > _LONGEST_PATTERN or _REPEATED_GROUP.search(text) for text in pattern):
+            yield f"{key} has a pattern that is too long or repeats a group"
+        for text, value in pattern.items():
+            if not fits(value):
+                yield f"{key} has {shown(value)} for {shown(text)}, expected {what}"
 
 
-def _sorted_out(path: Path, refs: Mapping[str, TensorRef]) -> tuple[list[_Pair], dict[str, TensorRef]]:
-    """The pairs of factors, and by their names in the model the tensors that replace the model's."""
+def _is_factor(value: object) -> bool:
+    """Whether a scale can be made of it that is neither 0 nor infinite in float32."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-9 <= value <= 1e9
+
+
+def _is_rank(value: object) -> bool:
+    return _is_factor(value) and value == int(value)  # type: ignore[call-overload]
+
+
+def _sorted_out(
+    path: Path, refs: Mapping[str, TensorRef], problems: list[str]
+) -> tuple[list[_Pair], dict[str, TensorRef]]:
+    """The pairs of factors, and by their names in the model the tensors that replace the model's.
+
+    Problems are added: what is not supported, and tensors that say the same thing twice.
+    """
     factors: dict[tuple[str, bool], dict[str, TensorRef]] = {}
     whole: dict[str, TensorRef] = {}
-    problems = []
+    said: dict[tuple[str, str], str] = {}
     for name, ref in refs.items():
         short = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
-        if match := _FACTOR.fullmatch(short):
+        match = _FACTOR.fullmatch(short)
+        target = match[1] if match else _MODULES_TO_SAVE.sub(".", short).removesuffix(".weight")
+        # What a tensor is of its module; one that is saved whole stands beside no factor.
+        for part in (match[3],) if match else ("A", "B", "whole"):
+            if (first := said.setdefault((target, part), name)) != name:
+                problems.append(
+                    f"{path}: tensors {shown(first)} and {shown(name)} are both for {shown(target)}"
+                )
+                break
+        if match:
             factors.setdefault((match[1], match[2] is not None), {})[match[3]] = ref
         elif ".lora_" in short or ".vera_" in short:
             problems.append(
                 f"{path}: tensor {shown(name)} is of a kind that is not supported (DoRA, or a bias)"
             )
         else:
-            whole[re.sub(r"\.modules_to_save(\.default)?\.", ".", short)] = ref
+            whole[_MODULES_TO_SAVE.sub(".", short)] = ref
     for (module, _), found in factors.items():
         if len(found) < 2:
             problems.append(f"{path}: {shown(module)} has lora_{next(iter(found))} without the other factor")
-    if problems:
-        raise ProblemList(problems)
-    return [_Pair(m, e, found["A"], found["B"]) for (m, e), found in factors.items()], whole
+    pairs = [_Pair(m, e, found["A"], found["B"]) for (m, e), found in factors.items() if len(found) == 2]
+    return pairs, whole
 
 
 def _misfits(path: Path, model: Checkpoint, pairs: list[_Pair], whole: Mapping[str, TensorRef]) -> list[str]:

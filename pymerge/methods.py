@@ -264,6 +264,6 @@ def method_named(name: str) -> Method:
         return METHODS[name]
     from difflib import get_close_matches  # late: only for what is wrong
 
-    near = get_close_matches(name.replace("-", "_"), METHODS, n=1)
+    near = get_close_matches(name.lower().replace("-", "_"), METHODS, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise RecipeError(f"unknown merge method {name!r}; {hint}known are {', '.join(METHODS)}")

@@ -58,6 +58,11 @@ def region_of(checkpoint: Checkpoint, first_file: int, name: str) -> Region:
     return Region(entry.dtype, entry.begin, first_file + shard)
 
 
+def distinct_tables(inputs: Iterable[Input]) -> list[dict[str, TensorRef]]:
+    """The tables of tensors of these inputs; one that several share stands once."""
+    return list({id(table): table for table in (source.checkpoint.tensors for source in inputs)}.values())
+
+
 def check_configs(inputs: Sequence[Input], problems: list[str]) -> None:
     """Refuse quantized checkpoints: their numbers mean nothing without their scales."""
     for source in inputs:
@@ -81,9 +86,13 @@ def check_tensors(inputs: Sequence[Input], optional: Collection[str], problems: 
         return []
     first, others = inputs[0], inputs[1:]
     table = first.checkpoint.tensors
+    before = len(problems)
     check_dtypes(first, problems)
+    sound = len(problems) == before
     for other in others:
         found = other.checkpoint.tensors
+        if found is table and sound:
+            continue
         _check_names(first, other, optional, problems)
         check_dtypes(other, problems)
         clashes = (
@@ -195,7 +204,7 @@ def check_output(out: Path, inputs: Iterable[Path], problems: list[str]) -> None
         problems.append(f"output {out} cannot be the name of a folder")
         return
     if os.path.lexists(out):
-        problems.append(f"output {out} exists already")
+        problems.append(f"output {out} exists already; remove it, or give another name")
     target = _real(out)
     for path in dict.fromkeys(inputs):
         given = _real(path)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from pymerge.adapted import Adapted
-from pymerge.checkpoint.index import Checkpoint, open_checkpoint
+from pymerge.checkpoint.index import Checkpoint, Seen, open_checkpoint
 from pymerge.checkpoint.sidefiles import ties_head, vocabulary_of
-from pymerge.errors import CheckpointError, ProblemList
+from pymerge.errors import CheckpointError, collected
 from pymerge.job import Source
 from pymerge.lora import open_adapted
-from pymerge.plan_checks import Input
+from pymerge.plan_checks import Input, distinct_tables
 from pymerge.plan_rule import Part, identity
 from pymerge.text import shown
+
+T = TypeVar("T")
 
 # Names of tensors with a row for each token, heads apart.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
@@ -37,19 +41,16 @@ def open_inputs(
     experts = [entry.path for part in parts for entry in part.experts]
     merged = set(map(identity, experts))
     inputs: dict[str, Input] = {}
+    seen = Seen.nothing()
     first = 0
     for path in [*bases, *experts]:
         key = identity(path)
         if path in missing or key in inputs:
             continue
-        try:
-            checkpoint, made = _opened(path, adapted, first)
-        except ProblemList as error:
-            problems.extend(error.problems)
+        opened = collected(problems, partial(_opened, path, adapted, first, seen))
+        if opened is None:
             continue
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
+        checkpoint, made = opened
         model = adapted[path].model if path in adapted else path
         inputs[key] = Input(checkpoint, key not in merged, first, made, model)
         first += len(checkpoint.shards)
@@ -57,14 +58,16 @@ def open_inputs(
 
 
 def _opened(
-    path: Path, adapted: Mapping[Path, Adapted], first: int
+    path: Path, adapted: Mapping[Path, Adapted], first: int, seen: Seen
 ) -> tuple[Checkpoint, Mapping[str, Source]]:
-    return open_adapted(adapted[path], first) if path in adapted else (open_checkpoint(path), {})
+    if path in adapted:
+        return open_adapted(adapted[path], first, seen)
+    return open_checkpoint(path, seen), {}
 
 
 def _with_heads(inputs: Mapping[str, Input], notes: list[str]) -> dict[str, Input]:
     """A model whose head is its embedding lends that to others that have a head of their own."""
-    names = dict.fromkeys(name for source in inputs.values() for name in source.checkpoint.tensors)
+    names = dict.fromkeys(name for table in distinct_tables(inputs.values()) for name in table)
     found = list(filter(_HEAD.search, names))
     heads = {
         name: None
@@ -81,7 +84,7 @@ def _with_head(source: Input, heads: Sequence[str], notes: list[str]) -> Input:
     tensors = source.checkpoint.tensors
     lacking = [name for name in heads if name not in tensors]
     embedding = next((name for name in vocabulary_names(source) if not _HEAD.search(name)), None)
-    if not lacking or embedding is None or not ties_head(source.home):
+    if not lacking or embedding is None or not stated(lambda: ties_head(source.home), False):
         return source
     for name in lacking:
         notes.append(f"{source.label} has {shown(embedding)} for {shown(name)}: its config ties the two")
@@ -93,13 +96,22 @@ def _with_head(source: Input, heads: Sequence[str], notes: list[str]) -> Input:
 
 def vocabulary_names(source: Input) -> Iterator[str]:
     """The tensors with a row for each token: by their names, and where the config says how many there are."""
-    stated: int | None = None
+    least: int | None = None
     for name, ref in source.checkpoint.tensors.items():
         entry = ref.entry
         if _VOCABULARY.search(name) and entry.dtype.mergeable and entry.shape and entry.count:
-            stated = vocabulary_of(source.home) or 0 if stated is None else stated
-            if entry.shape[0] >= stated:
+            if least is None:
+                least = stated(lambda: vocabulary_of(source.home), None) or 0
+            if entry.shape[0] >= least:
                 yield name
+
+
+def stated(read: Callable[[], T], otherwise: T) -> T:
+    """What a configuration says; one that cannot be read, which `check_configs` reports, says `otherwise`."""
+    try:
+        return read()
+    except CheckpointError:
+        return otherwise
 
 
 def with_rows(source: Input, names: Sequence[str], rows: int, made: Mapping[str, Source]) -> Input:

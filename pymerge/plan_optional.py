@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from pymerge.methods import Base, Method
-from pymerge.plan_checks import Input, check_pairs, named
+from pymerge.plan_checks import Input, check_pairs, distinct_tables, named
 from pymerge.plan_rule import Part
-from pymerge.rule import Blend
+from pymerge.rule import Blend, Fuse
 
 # What architectures call optional: biases, heads, poolers, and buffers that newer versions do not save.
 _OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler\.|(^|\.)position_ids$")
@@ -18,8 +18,11 @@ _OPTIONAL = re.compile(r"\.bias$|(^|\.)(lm_head|embed_out)\.weight$|(^|\.)pooler
 def lacked(inputs: Sequence[Input]) -> dict[str, tuple[bool, ...]]:
     """The optional tensors that not every input has, and which have them."""
     tables = [source.checkpoint.tensors for source in inputs]
-    names = dict.fromkeys(name for table in tables for name in table)
-    held = {name: tuple(name in table for table in tables) for name in filter(_OPTIONAL.search, names)}
+    distinct = distinct_tables(inputs)
+    if len(distinct) < 2:
+        return {}
+    names = dict.fromkeys(name for table in distinct for name in table)
+    held = {name: tuple([name in table for table in tables]) for name in filter(_OPTIONAL.search, names)}
     return {name: has for name, has in held.items() if not all(has)}
 
 
@@ -61,9 +64,12 @@ def reduced(
                 problems.append(f"{method.name} cannot merge {what}")
             continue
         whose = f"is {holders[0].label}'s" if alone else f"is merged from the {len(holders)} that have it"
-        notes.append(f"{what}: each {whose}")
+        claims = f", of which at most {experts} can vote" if method.fuse is Fuse.CONSENSUS and experts else ""
+        notes.append(f"{what}: each {whose}{claims}")
         base = part.base if has_base and not alone else None
-        smaller = replace(part, base=base, experts=tuple(members[has_base and not alone :]), copies=alone)
+        smaller = replace(
+            part, base=base, experts=tuple(members[has_base and not alone :]), copies=alone, fewer=True
+        )
         check_pairs(holders, [(name,) * len(holders) for name in names], problems)
         found[tuple(names)] = (smaller, holders)
     return found

@@ -26,12 +26,15 @@ OF_EXPERTS = ("weight", "density", "gamma", "epsilon", "scale")
 OF_ALL = ("lambda", "normalize", "rescale", *(name for name in DEFAULTS if name != "scale"))
 
 
+_ONE_MORE = "; it is the base_model, and as models does not list it, it is one more of them"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A slice of the output as a method takes it: experts, and apart the base that they are relative to.
 
     `where`: how messages call it; empty when it is the whole output. `copies`: its one expert is the result,
-    whatever the method.
+    whatever the method. `fewer`: it merges tensors that some of the recipe's models lack.
     """
 
     slice: Slice
@@ -39,6 +42,7 @@ class Part:
     experts: tuple[ModelEntry, ...]
     where: str
     copies: bool = False
+    fewer: bool = False
 
     @property
     def members(self) -> tuple[ModelEntry, ...]:
@@ -64,7 +68,7 @@ def identity(path: Path) -> str:
 def donor_path(recipe: Recipe) -> Path:
     """The checkpoint whose configuration and tokenizer the output gets: the base, else the first model."""
     path = recipe.base if recipe.base is not None else recipe.stack[0].sources[0].path
-    return recipe.adapted[path].model if path in recipe.adapted else path
+    return recipe.home(path)
 
 
 def parts_of(recipe: Recipe, method: Method | None, problems: list[str], notes: list[str]) -> list[Part]:
@@ -189,10 +193,16 @@ class _Resolver:
         }
         all_ = {name: value_at(cases, origin.name, origin.t) for name, cases in self._all.items()}
         top, method, defaults = self._recipe.parameters, self._method, self._defaults
+        options = {name: each["scale"][0] if name == "scale" else all_[name] for name in method.own}
+        if self.part.fewer and "votes" in options:
+            votes = options["votes"]
+            most = len(self.part.experts)  # more cannot claim an entry
+            options["votes"] = min(_number(votes, float(DEFAULTS["votes"] or 0)), most)
         place = "" if self.is_constant else f" (tensor {shown(origin.name)})"
         for entry, weight in zip(self.part.experts, each["weight"], strict=True):
             if weight is None and method.weighted and defaults.weight is None:
-                self._say(f"{method.name} needs a weight for {entry.path}", place)
+                more = "" if entry in self.part.slice.sources else _ONE_MORE
+                self._say(f"{method.name} needs a weight for {entry.path}{more}", place)
         try:
             # A weight that is missing is taken as 1, so that the other numbers are judged all the same.
             density = method.density if defaults.density is None else defaults.density
@@ -219,7 +229,7 @@ class _Resolver:
                 one_more=defaults.one_more,
                 seed=self._recipe.seed,
                 names=[str(entry.path) for entry in self.part.experts],
-                options={name: each["scale"][0] if name == "scale" else all_[name] for name in method.own},
+                options=options,
                 has_base=self.part.base is not None,
             )
         except ProblemList as error:

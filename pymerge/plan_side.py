@@ -42,8 +42,7 @@ def carried(recipe: Recipe, donor: Path, vocabulary: Vocabulary | None, unties: 
     if unties and CONFIG_NAME in files:
         files[CONFIG_NAME] = without_ties(files[CONFIG_NAME])
     if recipe.chat_template is not None:
-        models = [recipe.adapted[path].model if path in recipe.adapted else path for path in recipe.merged]
-        template = chosen_template(recipe.chat_template, models)
+        template = chosen_template(recipe.chat_template, [recipe.home(path) for path in recipe.merged])
         files = with_template(files, template) if template is not None else files
     return files
 

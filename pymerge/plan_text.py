@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from pymerge.methods import Method
+from pymerge.blending import DEFAULTS
+from pymerge.explaining import normalizes
+from pymerge.methods import Base, Method
 from pymerge.parameters import EVERY, Case, Conditional, Gradient, Scalar, cases_of
 from pymerge.plan_layers import depth
 from pymerge.plan_rule import OF_ALL, Origin, Part
 from pymerge.presets import defaults_of
-from pymerge.recipe import Recipe
-from pymerge.rule import Trim
+from pymerge.recipe import ModelEntry, Recipe
+from pymerge.rule import Rule, Trim
 from pymerge.text import printable, shown
 
 
 def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts: Sequence[int]) -> list[str]:
     """Base, experts and what varies, one line each; `counts`: each part's layers, 0 where none are known."""
     lines = []
-    preset = defaults_of(recipe.preset, method.name)
-    names = ["weight"] if method.weighted else []
-    names += ["density"] if method.dense else []
-    names += ["gamma"] if method.trim is Trim.OUTLIERS else []
-    names += ["epsilon"] if method.trim is Trim.RANKED else []
+    defaults = _defaults_of_experts(recipe, method)
     for number, (part, count) in enumerate(zip(parts, counts, strict=True)):
         if part.where:
             begin = sum(counts[:number])
@@ -29,17 +27,15 @@ def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts
         for entry in part.members:
             of = f", its layers {entry.layers.start} to {entry.layers.stop - 1}" if entry.layers else ""
             path = printable(str(entry.path))
-            if entry is part.base:
-                lines.append(f"base         {path}{of}")
+            role = role_of(method, part, entry)
+            if role != "expert":
+                lines.append(f"{role:<12} {path}{of}{' (t = 0)' if role == 'start' else ''}")
                 continue
-            defaults = {
-                "weight": preset.weight,
-                "density": method.density if preset.density is None else preset.density,
-                "gamma": method.gamma,
-                "epsilon": method.epsilon,
-            }
             scopes = recipe.scopes(part.slice, entry)
-            given = [f"{name} {_stated(cases_of(scopes, name), defaults.get(name), count)}" for name in names]
+            given = [
+                f"{name} {_stated(cases_of(scopes, name), default, count)}"
+                for name, default in defaults.items()
+            ]
             stated = f" ({', '.join(given)})" if given else ""
             lines.append(f"expert       {path}{of}{stated}")
         for name in OF_ALL:
@@ -54,6 +50,67 @@ def describe_parts(recipe: Recipe, method: Method, parts: Sequence[Part], counts
             " layer, other tensors take the first"
         )
     return lines
+
+
+def role_of(method: Method, part: Part, entry: ModelEntry) -> str:
+    """What a model is to a method: base, start (of an arc) or expert."""
+    if entry is part.base:
+        return "base"
+    return "start" if method.base is Base.FIRST and entry is part.experts[0] else "expert"
+
+
+def _defaults_of_experts(recipe: Recipe, method: Method) -> dict[str, float | None]:
+    """The parameters that each expert has with a method, and what they are where a recipe is silent."""
+    preset = defaults_of(recipe.preset, method.name)
+    found: dict[str, float | None] = {"weight": preset.weight} if method.weighted else {}
+    if method.dense:
+        found["density"] = method.density if preset.density is None else preset.density
+    if method.trim is Trim.OUTLIERS:
+        found["gamma"] = method.gamma
+    if method.trim is Trim.RANKED:
+        found["epsilon"] = method.epsilon
+    return found
+
+
+def parameters_of(recipe: Recipe, method: Method, parts: Sequence[Part]) -> list[dict[str, object]]:
+    """What each part of the output is given, defaults filled in, JSON-ready: a number or flag, a list over
+    the layers, or a list of cases, each with a filter ("*": all tensors) and a value.
+    """
+    preset = defaults_of(recipe.preset, method.name)
+    each = _defaults_of_experts(recipe, method)
+    shared: dict[str, Scalar | None] = {name: DEFAULTS[name] for name in method.own}
+    if method.scales:
+        shared["lambda"] = preset.lambda_
+    if normalizes(method):
+        shared["normalize"] = method.normalize if preset.normalize is None else preset.normalize
+    if method.dense:
+        shared["rescale"] = method.rescale and not preset.by_density
+    found = []
+    for part in parts:
+        models = []
+        for entry in part.members:
+            role = role_of(method, part, entry)
+            scopes = recipe.scopes(part.slice, entry)
+            layers = {"layers": [entry.layers.start, entry.layers.stop]} if entry.layers else {}
+            numbers = {} if role == "base" else {n: _plain(cases_of(scopes, n), d) for n, d in each.items()}
+            models.append({"model": str(entry.path), "role": role, **layers, **numbers})
+        scopes = recipe.scopes(part.slice)
+        numbers = {name: _plain(cases_of(scopes, name), default) for name, default in shared.items()}
+        found.append({"models": models, **numbers})
+    return found
+
+
+def _plain(cases: Sequence[Case], default: Scalar | None) -> object:
+    """Cases as JSON has them."""
+    given = [
+        (case.filter, list(case.value.values) if isinstance(case.value, Gradient) else case.value)
+        for case in cases
+    ]
+    if default is not None and not any(case.takes_all for case in cases):
+        given.append((EVERY, default))
+    if [filter_ for filter_, _ in given] == [EVERY]:
+        return given[0][1]
+    return [{"filter": filter_, "value": value} for filter_, value in given] or None
 
 
 def _stated(cases: Sequence[Case], default: float | None, count: int) -> str:
@@ -99,6 +156,17 @@ def notes_of(recipe: Recipe, origins: Sequence[Origin]) -> Iterator[str]:
                 break
     if uses_gradients(recipe) and not any(origin.t for origin in origins):
         yield "no tensor's name has the number of a layer in it, so every gradient gives its first value"
+
+
+def notes_of_rules(rules: Iterable[Rule]) -> Iterator[str]:
+    """Rules that keep nothing."""
+    for trim in dict.fromkeys(rule.trim for rule in rules if rule.trim is not Trim.NONE):
+        if (
+            any(rule.trim is trim and not any(rule.densities) for rule in rules)
+            and trim is not Trim.IMPORTANCE
+        ):
+            name = "select_topk" if trim is Trim.VARIANCE else "density"
+            yield f"{name} 0 keeps nothing, so the base stays as it is where it holds"
 
 
 def _stated_parameters(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:

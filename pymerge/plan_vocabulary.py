@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,28 +36,36 @@ class Vocabulary(NamedTuple):
 
 
 def remap(
-    recipe: Recipe, opened: Mapping[str, Input], donor: Path, problems: list[str]
+    recipe: Recipe,
+    opened: Mapping[str, Input],
+    donor: Path,
+    missing: Collection[Path],
+    complete: bool,
+    problems: list[str],
 ) -> tuple[dict[str, Input], Vocabulary | None]:
     """The inputs with every vocabulary tensor as the output's tokenizer wants it; problems are added.
 
-    `donor`: the model whose tokenizer is taken for the base's.
+    `donor`: the model whose tokenizer is taken for the base's. `complete`: all models could be opened; else
+    only their tokenizers are looked at. `missing`: paths that do not exist, which was said already.
     """
     rule, inputs = recipe.tokenizer, list(opened.values())
-    before = len(problems)
     if rule is None or not inputs:
         return dict(opened), None
-    chosen = rule.source or donor
-    first = _read(chosen, problems)
-    known = [found for source in inputs if (found := _read(source.home, problems)) is not None]
-    if first is None or len(known) < len(inputs):
-        return dict(opened), None
+    chosen = recipe.home(rule.source) if rule.source else donor
+    said: list[str] = []
+    first = None if chosen in missing else _read(chosen, said)
+    known = [found for source in inputs if (found := _read(source.home, said)) is not None]
+    problems += dict.fromkeys(said)
+    if first is None or len(known) < len(inputs) or not complete:
+        return _levelled(opened), None
+    before = len(problems)
     tokenizer = with_tokens(first, known if rule.union else [], list(rule.tokens))
     rows = -(-tokenizer.size // rule.pad_to_multiple_of) * rule.pad_to_multiple_of
     base = next((n for n, s in enumerate(inputs) if _is(s, recipe.base)), None)
     remapping = _Remapping(rule, tokenizer, rows, inputs, known, base, problems)
     changed = {key: remapping.changed(number) for number, key in enumerate(opened)}
     if len(problems) > before:
-        return dict(opened), None
+        return _levelled(opened), None
     lines = tuple(remapping.described(chosen))
     return changed, Vocabulary(tokenizer, chosen, rows, lines, remapping.digest())
 
@@ -66,9 +74,15 @@ def _read(folder: Path, problems: list[str]) -> Tokenizer | None:
     try:
         return read_tokenizer(folder)
     except CheckpointError as problem:
-        if (sentence := f"tokenizer: {problem}") not in problems:
-            problems.append(sentence)
+        problems.append(f"tokenizer: {problem}")
         return None
+
+
+def _levelled(opened: Mapping[str, Input]) -> dict[str, Input]:
+    """The inputs with as many rows of a vocabulary each: how they differ is no problem of the tensors."""
+    names = {key: list(vocabulary_names(source)) for key, source in opened.items()}
+    rows = max((_row_count(source, names[key]) for key, source in opened.items()), default=0)
+    return {key: with_rows(source, names[key], rows, {}) for key, source in opened.items()}
 
 
 def _is(source: Input, path: Path | None) -> bool:
@@ -181,15 +195,18 @@ class _Remapping:
         """The tokenizer, and how many tokens are missing where, one line each."""
         path = printable(str(chosen))
         what = f"{path} and the tokens that only others have" if self._rule.union else path
-        yield f"tokenizer    {what}: {len(self._tokens):,} tokens, {self._rows:,} rows"
+        gaps = self._tokens.count(None)
+        yield f"tokenizer    {what}: {len(self._tokens) - gaps:,} tokens, {self._rows:,} rows"
         for source, ids in zip(self._inputs, self._ids, strict=True):
-            lacking = sum(token not in ids for token in self._tokens)
+            lacking = sum(token not in ids for token in self._tokens) - gaps
             if lacking:
                 yield f"             {lacking:,} of them are missing in {printable(source.label)}"
         nowhere = [token for token, terms in zip(self._tokens, self._defaults, strict=True) if not terms]
-        zeros = [t for t in nowhere if t not in self._rule.tokens]
+        zeros = [token for token in nowhere if token is not None and token not in self._rule.tokens]
         if zeros:
             yield f"             {len(zeros):,} are in no model and get zeros, {shown(zeros[0])} first"
+        if gaps:
+            yield f"             {gaps:,} rows are no token's and get zeros"
 
     def digest(self) -> str:
         """The sha256, in hex, of all tables."""

@@ -6,19 +6,19 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 from pymerge.checkpoint.index import Shard
-from pymerge.checkpoint.layout import OutputTensor, ShardLayout, lay_out, stem_like
+from pymerge.checkpoint.layout import ShardLayout, lay_out, stem_like
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.collector import collector_paused
-from pymerge.dtypes import DType, promote
-from pymerge.errors import ProblemList, PymergeError
+from pymerge.dtypes import DType
+from pymerge.errors import ProblemList, collected
 from pymerge.explaining import numbers_of
-from pymerge.job import Product, Region, TensorJob, bytes_of, products_of, row_of
+from pymerge.job import Product, TensorJob, bytes_of, products_of
 from pymerge.methods import Method, method_named
 from pymerge.parameters import Preset
 from pymerge.plan_checks import (
@@ -28,18 +28,16 @@ from pymerge.plan_checks import (
     free_bytes,
 )
 from pymerge.plan_inputs import open_inputs
+from pymerge.plan_jobs import Found, jobs_of, outputs_of
 from pymerge.plan_modules import examine_modules, parts_of_modules
-from pymerge.plan_rule import Part, donor_path
+from pymerge.plan_rule import Part, donor_path, identity
 from pymerge.plan_side import carried, side_files
-from pymerge.plan_stack import Outline
-from pymerge.plan_text import describe_parts, notes_of
+from pymerge.plan_text import describe_parts, notes_of, notes_of_rules, parameters_of
 from pymerge.plan_vocabulary import Vocabulary, remap
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
 from pymerge.text import shown
 from pymerge.version import NUMERICS_VERSION, VERSION
-
-T = TypeVar("T")
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -105,6 +103,15 @@ class Plan:
         return sum(len(shard) for shard in self.jobs)
 
     @property
+    def types(self) -> list[str]:
+        """The output's element types, that of most elements first."""
+        elements: Counter[str] = Counter()
+        for shard in self.jobs:
+            for job in shard:
+                elements[job.out.dtype.torch_name] += job.count
+        return [name for name, _ in elements.most_common()]
+
+    @property
     def elements(self) -> int:
         """Number of output elements."""
         return sum(job.count for shard in self.jobs for job in shard)
@@ -149,14 +156,21 @@ class Plan:
         lines += [
             f"tensors      {self.tensors:,}, elements {self.elements:,}",
             f"read         {self.bytes_read:,} bytes, passes over the inputs: {self.passes}",
-            f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)}{self._type_written()}",
+            f"write        {self.bytes_written:,} bytes, files: {len(self.layouts)},"
+            f" {' and '.join(self.types) or 'no elements'}",
         ]
         if self.out is not None:
             lines.append(f"disk space   {self.disk_bytes:,} bytes needed, {free_bytes(self.out):,} free")
         return "\n".join(lines)
 
-    def _type_written(self) -> str:
-        return f", {self.out_dtype.torch_name}" if self.out_dtype else ""
+    def _parameters(self) -> list[dict[str, object]]:
+        """Those of each slice or module, or of all."""
+        found: list[dict[str, object]] = []
+        for name, module in self.recipe.split:
+            parts = self.parts[len(found) : len(found) + len(module.stack)]
+            where = {"module": name} if name else {}
+            found += [{**where, **said} for said in parameters_of(module, self.method, parts)]
+        return found
 
     def summary(self) -> dict[str, object]:
         """The plan in numbers (bytes, counts), JSON-ready."""
@@ -165,6 +179,10 @@ class Plan:
             "scope": self.scope.value,
             "base": next((str(source.checkpoint.path) for source in self.inputs if source.is_base), None),
             "experts": [str(source.checkpoint.path) for source in self.inputs if not source.is_base],
+            "parameters": self._parameters(),
+            "seed": self.recipe.seed,
+            "preset": self.recipe.preset.value,
+            "types": self.types,
             "tensors": self.tensors,
             "elements": self.elements,
             "slices": sum(len(module.slices) for _, module in self.recipe.split),
@@ -209,54 +227,34 @@ def _planned(draft: Draft, out: Path | None, max_shard_bytes: int, dtype: DType 
     return plan
 
 
-class _Found(NamedTuple):
-    """What a sound recipe names, and what lies there.
-
-    `main`: the parts without those for tensors that some inputs lack. `members`: the inputs of each part;
-    `rules`: one for each origin of the outline.
-    """
-
-    method: Method
-    parts: Sequence[Part]
-    main: Sequence[Part]
-    inputs: list[Input]
-    members: Sequence[Sequence[Input]]
-    outline: Outline
-    rules: Sequence[Rule]
-    side_files: dict[str, bytes]
-    notes: list[str]
-    vocabulary: Vocabulary | None
-
-
 def _examine(
     recipe: Recipe, missing: Collection[Path], out: Path | None, problems: list[str]
-) -> _Found | None:
+) -> Found | None:
     """Everything that recipe, headers and side files show; problems are added to the list."""
     notes = list(recipe.notes)
     # A draft without a method says so itself.
-    method = _collect(problems, lambda: method_named(recipe.method)) if recipe.method else None
+    method = collected(problems, lambda: method_named(recipe.method)) if recipe.method else None
     parts = parts_of_modules(recipe, method, problems, notes)
     inputs = open_inputs([part for some in parts for part in some], missing, recipe.adapted, problems, notes)
     check_configs(list(inputs.values()), problems)
     donor = donor_path(recipe)
-    vocabulary = None
-    if not problems:
-        inputs, vocabulary = remap(recipe, inputs, donor, problems)
+    complete = len(inputs) == len({identity(m.path) for some in parts for p in some for m in p.members})
+    inputs, vocabulary = remap(recipe, inputs, donor, missing, complete, problems)
     merged = examine_modules(recipe, method, parts, inputs, problems, notes)
     unties = any(source.lends and source.home == donor for source in inputs.values())
     side_files = (
-        {} if donor in missing else _collect(problems, lambda: carried(recipe, donor, vocabulary, unties))
+        {} if donor in missing else collected(problems, lambda: carried(recipe, donor, vocabulary, unties))
     )
     if out is not None:
         check_output(out, [path for path in recipe.paths if path not in missing], problems)
     if method is None or merged.rules is None or side_files is None:
         return None
-    notes += notes_of(recipe, merged.outline.origins)
+    notes += [*notes_of(recipe, merged.outline.origins), *notes_of_rules(merged.rules)]
     config = side_files.get(CONFIG_NAME)
     layers = merged.outline.layers
     if layers and config is not None and not states_layers(config):
         notes.append(f"config.json states no number of layers; the output has {len(layers)}")
-    return _Found(
+    return Found(
         method,
         merged.parts,
         merged.main,
@@ -271,13 +269,13 @@ def _examine(
 
 
 def _laid_out(
-    recipe: Recipe, found: _Found, out: Path | None, max_shard_bytes: int, dtype: DType | None
+    recipe: Recipe, found: Found, out: Path | None, max_shard_bytes: int, dtype: DType | None
 ) -> Plan:
     out_dtype = dtype or recipe.out_dtype or recipe.dtype
     donor = donor_path(recipe)
-    layouts = lay_out(_outputs(found, out_dtype), max_shard_bytes, _stem(found.inputs, donor))
+    layouts = lay_out(outputs_of(found, out_dtype), max_shard_bytes, _stem(found.inputs, donor))
     shards = tuple(shard for source in found.inputs for shard in source.checkpoint.shards)
-    jobs = _jobs(found, layouts, len(shards), recipe.dtype)
+    jobs = jobs_of(found, layouts, len(shards), recipe.dtype)
     used = {id(job.rule): job.rule for shard in jobs for job in shard if job.rule}
     sides = side_files(donor, found.side_files, recipe.text, layouts, jobs, found.outline.layers)
     return Plan(
@@ -304,69 +302,6 @@ def _stem(inputs: Sequence[Input], donor: Path) -> str:
     """Files are called as those of the model whose configuration the output gets."""
     like = next((source for source in inputs if source.home == donor), inputs[0])
     return stem_like(like.checkpoint.shards[0].path.name)
-
-
-def _collect(problems: list[str], action: Callable[[], T]) -> T | None:
-    """What `action` gives; its error is added to the problems."""
-    try:
-        return action()
-    except ProblemList as error:
-        problems.extend(error.problems)
-    except PymergeError as error:
-        problems.append(str(error))
-    return None
-
-
-def _outputs(found: _Found, out_dtype: DType | None) -> list[OutputTensor]:
-    tables = [[source.checkpoint.tensors for source in sources] for sources in found.members]
-    promoted: dict[tuple[DType, ...], DType] = {}
-    outputs = []
-    for origin in found.outline.origins:
-        inputs = tables[origin.part]
-        entry = inputs[0][origin.inputs[0]].entry
-        if not origin.merges:
-            dtype = entry.dtype
-        elif out_dtype is not None:
-            dtype = out_dtype
-        else:
-            pairs = zip(inputs, origin.inputs, strict=True)
-            types = tuple([table[name].entry.dtype for table, name in pairs])
-            if types not in promoted:
-                promoted[types] = promote(set(types))
-            dtype = promoted[types]
-        outputs.append(OutputTensor(origin.name, dtype, entry.shape))
-    return outputs
-
-
-def _jobs(
-    found: _Found, layouts: Sequence[ShardLayout], files: int, cast: DType | None
-) -> tuple[tuple[TensorJob, ...], ...]:
-    """The jobs of each output shard, in the order of its bytes."""
-    known = {
-        origin.name: (origin, rule) for origin, rule in zip(found.outline.origins, found.rules, strict=True)
-    }
-
-    def job(layout: ShardLayout, number: int, output: OutputTensor) -> TensorJob:
-        origin, rule = known[output.name]
-        sources = found.members[origin.part]
-        given = tuple([source.source(name) for source, name in zip(sources, origin.inputs, strict=True)])
-        has_base = found.parts[origin.part].base is not None
-        entry = sources[0].checkpoint.tensors[origin.inputs[0]].entry
-        return TensorJob(
-            name=output.name,
-            count=entry.count,
-            base=given[0] if has_base else None,
-            experts=given[1:] if has_base else given,
-            out=Region(output.dtype, layout.offsets[output.name], files + number),
-            rule=rule if origin.merges else None,
-            cast=cast if origin.merges else None,
-            row=row_of(entry.shape, rule),
-        )
-
-    return tuple(
-        tuple(job(layout, number, output) for output in layout.tensors)
-        for number, layout in enumerate(layouts)
-    )
 
 
 def bytes_read_by(jobs: Sequence[TensorJob]) -> int:

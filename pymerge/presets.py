@@ -38,6 +38,8 @@ CANCELLED = (
     "where the kept entries cancel exactly the positive ones are elected; the authors' code elects the sign"
     " that most entries of the model have"
 )
+# float32 holds the weights that come of it, and nobody's tensor has so many entries that one would be kept.
+LARGEST_FACTOR = 1e30
 # PEFT cuts among equals as torch.topk does, which is not specified.
 NONE_KEPT = "of a tensor where density * n is below 1 one entry is kept; peft keeps none"
 _PLAIN = Defaults(weight=1.0)
@@ -109,6 +111,12 @@ def adjusted(
     divides = defaults.by_density and rescale is None
     # Where nothing is kept there is nothing to divide.
     factors = [1 / density if divides and density > 0 else 1.0 for density in densities]
+    for density, factor in zip(densities, factors, strict=True):
+        if factor > LARGEST_FACTOR:
+            raise RecipeError(
+                f"density {density!r} is too small: with this preset what is kept is divided by it, which is"
+                f" supported down to {1 / LARGEST_FACTOR:g}"
+            )
     scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
     rescale = False if divides else rescale
     if not defaults.plain_vote:

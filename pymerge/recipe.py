@@ -103,6 +103,10 @@ class Recipe:
             named.append(self.tokenizer.source)
         return list(dict.fromkeys(path for name in named for path in self.adapted.get(name, (name,))))
 
+    def home(self, path: Path) -> Path:
+        """The model that `path` stands for, without the LoRA that it may have: where its side files lie."""
+        return self.adapted[path].model if path in self.adapted else path
+
     def scopes(self, part: Slice, entry: ModelEntry | None = None) -> tuple[Mapping[str, Parameter], ...]:
         """Where parameters are looked up, the nearest first: those of one model, or of all models."""
         shared = (part.parameters, self.module, self.parameters)
@@ -216,8 +220,7 @@ def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
         data, problems, unusable = validate(document.value)
     except (RecursionError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise RecipeError(f"the recipe cannot be read: {type(error).__name__}") from error
-    # A slice that is wrong says nothing of the others' layers either.
-    if data is None or any(place.startswith(("slices", "modules")) for place in unusable):
+    if data is None:
         return Draft(None, tuple(problems))
     modules = _modules(data)
     notes: list[str] = []
@@ -228,6 +231,9 @@ def _draft(document: Document, named: Mapping[str, Path]) -> Draft:
     references = {place: reference for place, reference in places if place not in unusable}
     adapted: dict[Path, Adapted] = {}
     found = locate(references, folder, problems, notes, adapted, named)
+    # A slice that is wrong says nothing of the others' layers either.
+    if any(place.startswith(("slices", "modules")) for place in unusable):
+        return Draft(None, tuple(problems))
     missing: set[Path] = set()
 
     def path_of(reference: Reference, place: str) -> Path:

@@ -38,6 +38,16 @@ from pymerge.recipe_values import (
 )
 from pymerge.rule import Scope, ThresholdTies
 
+# What pydantic_core ends the location of a key with.
+_KEY = "[key]"
+# What numbers that have a range may be.
+_RANGES = {
+    "seed": "from 0 to 2**64 - 1",
+    "token_id": "from 0 to 2**31 - 1",
+    "pad_to_multiple_of": "from 1 to 2**31 - 1",
+}
+# Keys of mergekit-moe's recipes, which look like those of a merge.
+_OF_MIXTURES = ("gate_mode", "experts", "experts_per_token", "shared_experts")
 # Exactly one of them says what is merged.
 STACKS = ("models", "slices", "modules")
 
@@ -204,15 +214,20 @@ def _neutral(key: int | str, of: int | str) -> Any:
 def _mend(data: Any, detail: ErrorDetails, unusable: set[str]) -> None:
     """Take the value that `detail` complains of out of `data`."""
     path = list(_location(detail))
+    if _is_of_a_key(detail):  # the location has its text only
+        path = [*path[: -2 if path[-1] == _KEY else -1], detail["input"]]
     for wide in ("parameters", "model", "base_model"):  # what is wrong inside spoils all of the value
         if wide in path:
             del path[path.index(wide) + (2 if wide == "parameters" else 1) :]
     *above, key = path
-    for step in above:
-        data = data[step]
+    try:
+        for step in above:
+            data = data[step]
+    except LookupError:  # it stood under a key that is gone already
+        return
     of = above[-1] if above else ""
     known = detail["type"] != "extra_forbidden" or len(path) < len(_location(detail))
-    if of == "parameters" and known and key in ("weight", "density", "lambda"):
+    if of == "parameters" and known and key in ("weight", "density", "lambda", "t"):
         data[key] = 1.0
     elif of == "parameters":
         data.pop(key, None)
@@ -269,8 +284,17 @@ def _sentence(detail: ErrorDetails) -> str:
         return _unknown_key(loc, where)
     if kind == "missing":
         return f"{where}: this key is required"
-    if kind in ("finite_number", "form", "choice"):
-        return f"{where}: {detail['msg']}" if kind != "finite_number" else f"{where}: {value} is not finite"
+    if kind in ("form", "choice"):  # our own words
+        return f"{where}: {detail['msg']}"
+    if kind == "finite_number":
+        return f"{where}: {value} is not finite"
+    if kind == "literal_error":
+        return f"{where}: {reprlib.repr(value)} is not known; known are {detail['ctx']['expected']}"
+    if _is_of_a_key(detail):
+        place = _place(loc[:-2] if loc[-1] == _KEY else loc[:-1])
+        return (
+            f"{place + ': ' if place else ''}the key {reprlib.repr(value)} is {_kind(value)}, expected text"
+        )
     wanted = {
         "float_type": "a number",
         "bool_type": "true or false",
@@ -280,15 +304,18 @@ def _sentence(detail: ErrorDetails) -> str:
         "dict_type": "a mapping",
         "too_short": "a list with at least one entry",
         "string_too_short": "text that is not empty",
-        "greater_than_equal": "a number from 0 to 2**64 - 1",
-        "less_than": "a number from 0 to 2**64 - 1",
-        "int_parsing_size": "a number from 0 to 2**64 - 1",
-    }.get(kind)
-    if wanted is None:
-        return f"{where}: {detail['msg']}"
+        "string_unicode": "text in valid Unicode",
+    }.get(kind, "something else")
+    if kind in ("greater_than_equal", "less_than"):
+        wanted = f"a whole number {_RANGES[str(loc[-1])]}"
     if kind == "too_short" and isinstance(value, dict):
         wanted = "a mapping with at least one entry"
     return f"{where}: expected {wanted}, found {_kind(value)} ({reprlib.repr(value)})"
+
+
+def _is_of_a_key(detail: ErrorDetails) -> bool:
+    """Whether a key itself is wrong, and not what stands under it."""
+    return detail["type"] == "invalid_key" or detail["loc"][-1:] == (_KEY,)
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
@@ -328,6 +355,8 @@ def _unknown_key(loc: tuple[int | str, ...], where: str) -> str:
             return f"{where}: {key} is no parameter; give it at the top of the recipe"
     elif not parents and key in TOP_PARAMETERS:
         return f"{where}: {key} is a parameter; give it under parameters"
+    elif not parents and key in _OF_MIXTURES:
+        return f"{where}: {key} is a key of mergekit-moe, which builds mixtures of experts; pymerge does not"
     from difflib import get_close_matches  # late: only for what is wrong
 
     near = get_close_matches(key, known, n=1, cutoff=0.5)

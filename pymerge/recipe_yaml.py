@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from pymerge.errors import RecipeError
+from pymerge.text import is_unicode
 
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 
@@ -28,6 +29,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
                 raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} is given twice")
             seen.add(key.value)
     loader.flatten_mapping(node)
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and not is_unicode(key.value):
+            raise RecipeError(f"line {key.start_mark.line + 1}: key {key.value!r} is not valid Unicode")
     return loader.construct_mapping(node)
 
 

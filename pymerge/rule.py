@@ -169,5 +169,6 @@ def passes(rule: Rule, length: int = READ_ONCE + 1) -> int:
     sums = rule.rescale and any(density < 1 for density in rule.densities)
     if rule.fuse is not None:
         sums = rule.fuse.kind is Fuse.ENERGY or rule.fuse.boost != 0
-    scores = {Trim.VARIANCE: int(rule.densities[0] < 1), Trim.IMPORTANCE: 2}.get(rule.trim, 0)
-    return 1 + sums + scores
+    if rule.trim is Trim.IMPORTANCE:
+        return 3 + sums
+    return 1 + sums + (rule.trim is Trim.VARIANCE and rule.densities[0] < 1)

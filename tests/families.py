@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,8 @@ from pymerge.backends import reference
 from pymerge.rule import Rule
 
 Tensors = dict[str, Tensor]
+
+EMBED = "model.embed_tokens"
 
 # A llama of two layers: name -> shape. The first is large enough for a sampled bracket.
 VOCABULARY, HIDDEN, INNER = 1600, 64, 96
@@ -149,3 +152,35 @@ def expected_merge(
     experts = [[expert[name] for expert in family.experts] for name in names]
     merged = reference.merge_group(names, bases, experts, rule, [out] * len(names), cast)
     return dict(zip(names, merged, strict=True))
+
+
+def write_lora(
+    folder: Path,
+    modules: Mapping[str, int],
+    seed: int,
+    whole: Tensors | None = None,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> tuple[Path, dict[str, tuple[Tensor, Tensor]]]:
+    """A PEFT folder with factors of the given ranks; and per module the factors, left and right."""
+    folder.mkdir()
+    g = torch.Generator().manual_seed(seed)
+    turned = bool(config.get("fan_in_fan_out"))
+    tensors: Tensors = {f"base_model.model.{name}.weight": x for name, x in (whole or {}).items()}
+    factors = {}
+    for module, rank in modules.items():
+        shape = SHAPES[f"{module}.weight"]
+        flip = turned or module == EMBED
+        out, into = reversed(shape) if flip else shape
+        a, b = (0.1 * torch.randn(s, generator=g).to(dtype) for s in ((rank, into), (out, rank)))
+        names = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if module == EMBED
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        tensors |= {f"base_model.model.{module}.{n}": x for n, x in zip(names, (a, b), strict=True)}
+        factors[module] = (a.T, b.T) if flip else (b, a)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "adapter_model.safetensors")
+    given = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(given))
+    return folder, factors

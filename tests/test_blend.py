@@ -18,8 +18,9 @@ from pymerge.backends import reference
 from pymerge.backends.blend import coefficients
 from pymerge.backends.native import Settings
 from pymerge.errors import BackendError, CheckpointError, ProblemList, RecipeError
-from pymerge.explaining import explain, own_defaults
+from pymerge.explaining import defaults_in_words, explain
 from pymerge.methods import METHODS
+from pymerge.presets import Defaults
 from pymerge.rule import READ_ONCE, Blend, Rule, Vectors, passes
 from pymerge.ruling import rule_for
 from pymerge.tensors import Backend, choose_backend
@@ -339,9 +340,19 @@ def test_directions_that_cancel(backend: str | None) -> None:
 
 
 def test_the_list_of_methods_tells_the_parameters() -> None:
-    assert own_defaults(METHODS["slerp"]) == ["t must be given"]
-    assert own_defaults(METHODS["multislerp"]) == ["normalize_weights true", "eps 1e-08"]
-    assert own_defaults(METHODS["ties"]) == []
+    plain = Defaults()
+    assert defaults_in_words(METHODS["slerp"], plain) == ["t must be given"]
+    assert defaults_in_words(METHODS["multislerp"], plain) == ["normalize_weights true", "eps 1e-08"]
+    assert defaults_in_words(METHODS["breadcrumbs"], plain) == [
+        "normalize false",
+        "density 1",
+        "rescale false",
+        "scope tensor",
+        "threshold_ties first",
+        "gamma 0.01",
+        "lambda 1",
+    ]
+    assert "epsilon 0.15" in defaults_in_words(METHODS["della"], plain)
 
 
 def test_explain_tells_the_parameters() -> None:

@@ -51,6 +51,7 @@ LAYERS = (
         "plan_memory",
         "plan_vocabulary",
         "plan_inputs",
+        "plan_jobs",
         "plan_optional",
         "plan_chain",
         "plan_modules",

@@ -11,52 +11,29 @@ from typing import Any
 
 import pytest
 import torch
-from families import SHAPES, Tensors, make_family, read_checkpoint, weight_digests, write_recipe
-from safetensors.torch import save_file
+from families import (
+    EMBED,
+    SHAPES,
+    Tensors,
+    make_family,
+    read_checkpoint,
+    weight_digests,
+    write_lora,
+    write_recipe,
+)
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import pymerge
 from pymerge.backends import reference
 from pymerge.backends.native import NativeRun, OpenFile, Settings
-from pymerge.errors import PymergeError
+from pymerge.errors import ProblemList, PymergeError
 from pymerge.job import Region
 from pymerge.recipe import parse_recipe
 from pymerge.rule import Scope
 
 Q, K, DOWN = (f"model.layers.{n}" for n in ("0.self_attn.q_proj", "0.self_attn.k_proj", "1.mlp.down_proj"))
-EMBED, NORM = "model.embed_tokens", "model.norm"
-
-
-def write_lora(
-    folder: Path,
-    modules: Mapping[str, int],
-    seed: int,
-    whole: Tensors | None = None,
-    dtype: torch.dtype = torch.float32,
-    **config: Any,
-) -> tuple[Path, dict[str, tuple[Tensor, Tensor]]]:
-    """A PEFT folder with factors of the given ranks; and per module the factors, left and right."""
-    folder.mkdir()
-    g = torch.Generator().manual_seed(seed)
-    turned = bool(config.get("fan_in_fan_out"))
-    tensors: Tensors = {f"base_model.model.{name}.weight": x for name, x in (whole or {}).items()}
-    factors = {}
-    for module, rank in modules.items():
-        shape = SHAPES[f"{module}.weight"]
-        flip = turned or module == EMBED
-        out, into = reversed(shape) if flip else shape
-        a, b = (0.1 * torch.randn(s, generator=g).to(dtype) for s in ((rank, into), (out, rank)))
-        names = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if module == EMBED
-            else ("lora_A.weight", "lora_B.weight")
-        )
-        tensors |= {f"base_model.model.{module}.{n}": x for n, x in zip(names, (a, b), strict=True)}
-        factors[module] = (a.T, b.T) if flip else (b, a)
-    save_file({name: x.contiguous() for name, x in tensors.items()}, folder / "adapter_model.safetensors")
-    given = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(given))
-    return folder, factors
+NORM = "model.norm"
 
 
 def adapted(base: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
@@ -192,12 +169,21 @@ def test_a_changed_scale_starts_a_resumed_merge_anew(tmp_path: Path) -> None:
         ({"use_dora": True}, "{lora}/adapter_config.json: use_dora True is not supported"),
         ({"bias": "all"}, "{lora}/adapter_config.json: bias 'all' is not supported"),
         ({"peft_type": "VERA"}, "{lora}/adapter_config.json: peft_type 'VERA' is not supported"),
-        ({"r": "x"}, "{lora}/adapter_config.json: r is 'x', expected a number above 0"),
-        ({"rank_pattern": [1]}, "{lora}/adapter_config.json: rank_pattern is no mapping of numbers"),
+        ({"r": "x"}, "{lora}/adapter_config.json: r is 'x', expected a whole number above 0"),
+        (
+            {"rank_pattern": [1]},
+            "{lora}/adapter_config.json: rank_pattern is [1], expected a mapping of whole numbers above 0",
+        ),
         ({"alpha_pattern": {"(": 1}}, "'(' is no regular expression"),
         ({"alpha_pattern": {"a{99999999999}": 1}}, "is no regular expression"),
         ({"rank_pattern": {"([a-z.]+)+!": 4}}, "has a pattern that is too long or repeats a group"),
-        ({"rank_pattern": {"q_proj": 0.5}}, "a rank is 0.5, expected a whole number"),
+        (
+            {"rank_pattern": {"q_proj": 0.5}},
+            "rank_pattern has 0.5 for 'q_proj', expected whole numbers above 0",
+        ),
+        ({"r": 1e-300}, "r is 1e-300, expected a whole number above 0"),
+        ({"lora_alpha": 1e-320}, "lora_alpha is 1e-320, expected a number from 1e-9 to 1e9"),
+        ({"alpha_pattern": {"q_proj": 1e-320}}, "alpha_pattern has 1e-320 for 'q_proj', expected numbers"),
         ({"use_rslora": "no"}, "use_rslora is 'no', expected true or false"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not supported"),
         (
@@ -226,6 +212,46 @@ def test_tensors_that_do_not_fit(tmp_path: Path, name: str, shape: tuple[int, ..
     lora, _ = write_lora(tmp_path / "one", {}, 1)
     save_file({name: torch.zeros(shape)}, lora / "adapter_model.safetensors")
     refused(tmp_path, family.base_path, lora, sentence)
+
+
+@pytest.mark.parametrize(
+    ("second", "target"),
+    [("lora_A.default.weight", Q), ("lora_embedding_A", Q), ("weight", Q), ("modules_to_save.weight", Q)],
+)
+def test_two_tensors_for_one_are_refused(tmp_path: Path, second: str, target: str) -> None:
+    family = make_family(tmp_path, torch.bfloat16, experts=0)
+    lora, _ = write_lora(tmp_path / "one", {Q: 4}, 1)
+    file = lora / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    added = f"base_model.model.{Q}.{second}"
+    save_file({**tensors, added: torch.zeros(64, 64)}, file)
+    names = [f"base_model.model.{Q}.lora_A.weight", added]
+    with pytest.raises(PymergeError) as caught:
+        pymerge.plan(write_recipe(tmp_path / "r.yml", "passthrough", [Path(f"{family.base_path}+{lora}")]))
+    said = [f"tensors {a!r} and {b!r} are both for {target!r}" for a, b in (names, names[::-1])]
+    assert any(sentence in str(caught.value) for sentence in said)
+
+
+def test_all_that_is_wrong_with_loras_and_their_models_is_said_together(tmp_path: Path) -> None:
+    family = make_family(tmp_path, torch.bfloat16, experts=0)
+    one, _ = write_lora(tmp_path / "one", {Q: 4}, 1, use_dora=True, r="x")
+    save_file({"nowhere.lora_A.weight": torch.zeros(4, 4)}, one / "adapter_model.safetensors")
+    two, _ = write_lora(tmp_path / "two", {K: 4}, 2)
+    (two / "adapter_model.safetensors").unlink()
+    (tmp_path / "empty").mkdir()
+    models = [Path(f"{family.base_path}+{one}"), Path(f"{tmp_path / 'empty'}+{two}")]
+    with pytest.raises(ProblemList) as caught:
+        pymerge.plan(write_recipe(tmp_path / "r.yml", "linear", models))
+    said = "\n".join(caught.value.problems)
+    for sentence in (
+        f"{one}/adapter_config.json: use_dora True is not supported",
+        f"{one}/adapter_config.json: r is 'x', expected a whole number above 0",
+        f"{one}/adapter_model.safetensors: 'nowhere' has lora_A without the other factor",
+        f"{tmp_path / 'empty'}: the folder holds no safetensors file",
+        f"{two}/adapter_model.safetensors: the file does not exist",
+    ):
+        assert sentence in said
 
 
 def refused(folder: Path, base: Path, lora: Path, sentence: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pymerge.errors import ProblemList, RecipeError
 from pymerge.explaining import explain
 from pymerge.methods import METHODS, Method, method_named
+from pymerge.parameters import Preset
 from pymerge.rule import Fuse, Rule, Scope, ThresholdTies, Trim, passes
 from pymerge.ruling import rule_for
 
@@ -236,8 +237,9 @@ def test_unknown_methods_list_the_known(name: str) -> None:
 
 
 def test_near_names_are_suggested() -> None:
-    with pytest.raises(RecipeError, match=r"did you mean dare_ties\?"):
-        method_named("dare-ties")
+    for given, meant in (("dare-ties", "dare_ties"), ("TIES", "ties"), ("Slerp", "slerp")):
+        with pytest.raises(RecipeError, match=rf"did you mean {meant}\?"):
+            method_named(given)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
@@ -262,6 +264,23 @@ def test_explain_follows_the_row(method: Method) -> None:
     assert lines["passes"][0] == ("3" if method.trim is Trim.IMPORTANCE else "2" if twice else "1")
     assert ("k-th largest" in lines["statistics"]) == (method.trim in (Trim.MAGNITUDE, Trim.VARIANCE))
     assert ("K + 1" in lines["bytes"]) == (method.task_vector and method.most is None)
+
+
+def test_explain_of_ram_mentions_no_factor() -> None:
+    assert "factor" not in explain(METHODS["ram"])
+    assert "times its expert's factor" in explain(METHODS["ramplus_tl"])
+
+
+def test_explain_of_a_preset() -> None:
+    paper = explain(TIES, Preset.PAPER)
+    assert "weight 1, normalize true, density 0.2, rescale false, scope model, threshold_ties all" in paper
+    assert "preset      paper; one entry more than int(density * n) is kept; where the kept" in paper
+    assert "lambda 0.3" in explain(TIES, Preset.FUSIONBENCH)
+    divided = explain(METHODS["dare_linear"], Preset.PAPER)
+    assert "what is kept is divided by the density" in divided
+    assert "passes      1 (2 with rescale: true)" in divided
+    with pytest.raises(RecipeError, match="preset paper has no slerp"):
+        explain(METHODS["slerp"], Preset.PAPER)
 
 
 def test_explain_is_derived_and_not_written() -> None:

@@ -125,3 +125,32 @@ def test_one_expert_beside_the_base_is_the_mean_direction(tmp_path: Path) -> Non
     models = family(tmp_path)
     found = run(tmp_path, "multislerp", [1, 2], 0)
     assert torch.equal(found[ENDS], models[2][ENDS])
+
+
+def test_votes_of_a_consensus_are_at_most_those_that_have_it(tmp_path: Path) -> None:
+    models = family(tmp_path)
+    only = models[2] | {"only.bias": torch.ones(40)}
+    write_checkpoint(tmp_path / "only", only, 1)
+    base = {name: x for name, x in models[2].items() if name != ENDS} | {"only.bias": torch.zeros(40)}
+    write_checkpoint(tmp_path / "base", base | {ENDS: torch.zeros(40)}, 1)
+    recipe = write_recipe(
+        tmp_path / "recipe.yml",
+        "consensus",
+        [tmp_path / "only", tmp_path / "m2"],
+        tmp_path / "base",
+        parameters={"votes": 2},
+    )
+    plan = pymerge.plan(recipe)
+    votes = {job.name: job.rule.fuse.votes for s in plan.jobs for job in s if job.rule and job.rule.fuse}
+    assert votes == {COMMON: 2, OTHERS: 2, ENDS: 2, "only.bias": 1}
+    assert any("'only.bias'" in note and "of which at most 1 can vote" in note for note in plan.notes)
+    pymerge.merge(recipe, tmp_path / "out")
+    assert torch.equal(read_checkpoint(tmp_path / "out")["only.bias"], torch.ones(40))
+
+
+def test_votes_of_all_are_still_too_many(tmp_path: Path) -> None:
+    family(tmp_path)
+    paths = [tmp_path / "m1", tmp_path / "m2"]
+    recipe = write_recipe(tmp_path / "r.yml", "consensus", paths, tmp_path / "m1", parameters={"votes": 2})
+    with pytest.raises(PymergeError, match="votes is 2, more than the 1 experts"):
+        pymerge.plan(recipe)

@@ -11,7 +11,7 @@ import pytest
 from made import SHAPES, recipe_text, write_checkpoint
 
 from pymerge.checkpoint.header import Header, TensorEntry, read_header
-from pymerge.checkpoint.index import Checkpoint, Shard, TensorRef
+from pymerge.checkpoint.index import Checkpoint, Seen, Shard, TensorRef
 from pymerge.dtypes import DType
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.job import Region
@@ -88,7 +88,10 @@ def test_the_base_of_linear_is_one_of_the_models(family: Path) -> None:
     assert [source.checkpoint.path.name for source in plan.inputs] == ["one", "two", "base"]
     assert all(job.base is None for shard in plan.jobs for job in shard)
     assert plan.rules[0].weights == (1.0, 1.0, 2.0)
-    assert problems(family, method="linear") == (f"linear needs a weight for {family}/base",)
+    assert problems(family, method="linear") == (
+        f"linear needs a weight for {family}/base; it is the base_model, and as models does not list it, it"
+        " is one more of them",
+    )
     listed = make_plan(parse_recipe(recipe_text("linear", ["base", "one"], "base"), family), None)
     assert listed.experts == 2
     assert not listed.notes
@@ -353,7 +356,7 @@ def test_a_mixture_of_experts_is_planned_in_seconds(
     entries = {name: TensorEntry(DType.BF16, (2, 2), 64 + 8 * n, 72 + 8 * n) for n, name in enumerate(names)}
     header = Header(entries, {}, "digest", 64 + 8 * 36_000, 0)
 
-    def synthetic(path: Path) -> Checkpoint:
+    def synthetic(path: Path, seen: Seen) -> Checkpoint:
         refs = {name: TensorRef(0, entry) for name, entry in entries.items()}
         return Checkpoint(path, (Shard(path / "model.safetensors", header),), refs)
 

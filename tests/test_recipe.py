@@ -167,8 +167,32 @@ def test_numbers_of_every_form(text: str, number: float, folder: Path) -> None:
             with_top("preset: pefd"),
             "preset: 'pefd' is not known; known are mergekit, paper, peft, fusionbench",
         ),
-        (with_top("seed: -1"), "seed: expected a number from 0 to 2**64 - 1, found a number (-1)"),
-        (with_top("seed: 18446744073709551616"), "seed: expected a number from 0 to 2**64 - 1"),
+        (with_top("seed: -1"), "seed: expected a whole number from 0 to 2**64 - 1, found a number (-1)"),
+        (with_top("seed: 18446744073709551616"), "seed: expected a whole number from 0 to 2**64 - 1"),
+        (
+            with_top("tokenizer: {pad_to_multiple_of: 0}"),
+            "tokenizer.pad_to_multiple_of: expected a whole number from 1 to 2**31 - 1, found a number (0)",
+        ),
+        (
+            with_top("tokenizer: {tokens: {a: {source: {kind: model_token, model: one, token_id: -1}}}}"),
+            "tokenizer.tokens.a.source.token_id: expected a whole number from 0 to 2**31 - 1, found a",
+        ),
+        (
+            with_top("tokenizer: {tokens: {a: {source: {kind: model}}}}"),
+            "tokenizer.tokens.a.source.kind: 'model' is not known; known are 'model_token' or 'zero'",
+        ),
+        (
+            with_top("tokenizer: {tokens: {7: {source: one}}}"),
+            "tokenizer.tokens: the key 7 is a number, expected text",
+        ),
+        (with_top("3: 4"), "the key 3 is a number, expected text"),
+        (with_parameter("null: 4"), "parameters: the key None is nothing, expected text"),
+        (with_top('"\\ud800": 4'), r"line 3: key '\ud800' is not valid Unicode"),
+        (with_top('name: "\\ud800"'), "name: expected text in valid Unicode, found text ("),
+        (
+            with_top("gate_mode: hidden"),
+            "gate_mode: gate_mode is a key of mergekit-moe, which builds",
+        ),
         (with_top("seed: 1.5"), "seed: expected a whole number, found a number (1.5)"),
         (with_top("seed: true"), "seed: expected a whole number, found a boolean (True)"),
         (
@@ -218,6 +242,21 @@ parameters: {lambda: .nan}
 dtype: int8
 """
     assert len(problems(text, folder)) == 6
+
+
+def test_models_that_are_missing_are_named_beside_slices_that_are_wrong(folder: Path) -> None:
+    text = """
+merge_method: linear
+slices:
+  - sources: [{model: one, layer_range: [2, 1]}, {model: nowhere, layer_range: [0, 1]}]
+base_model: neither
+"""
+    found = problems(text, folder)
+    assert [sentence.partition(": ")[0] for sentence in found] == [
+        "slices[0].sources[0].layer_range",
+        "slices[0].sources[1].model",
+        "base_model",
+    ]
 
 
 def test_missing_models_name_where_they_were_looked_for(

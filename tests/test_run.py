@@ -323,3 +323,17 @@ def test_from_python(family: Path) -> None:
     text = recipe_text("linear", [family / "one", family / "two"], None)
     pymerge.merge(text, family / "other")
     assert json.loads((family / "other" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_card_of_a_recipe_in_a_folder_has_its_paths(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(family)
+    (family / "recipes").mkdir()
+    recipe = family / "recipes" / "recipe.yml"
+    recipe.write_text(recipe_text("ties", ["one", "two"], "base", density=0.5))
+    pymerge.merge("recipes/recipe.yml", "out")
+    card = (family / "out" / "README.md").read_text()
+    assert "Base model: base\n" in card
+    assert "- one\n- two\n" in card
+    assert str(family) not in card

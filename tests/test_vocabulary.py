@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import read_checkpoint, weight_digests, write_recipe
+from families import read_checkpoint, weight_digests, write_lora, write_recipe
 from torch import Tensor
-from vocabularies import EMBEDDING, HEAD, WIDTH, Model, expected_input, write_model
+from vocabularies import EMBEDDING, HEAD, WIDTH, Model, expected_input, tokenizer_json, write_model
 
 import pymerge
 from pymerge.backends import reference
-from pymerge.errors import PymergeError
+from pymerge.errors import ProblemList, PymergeError
 
 BASE = ("a", "b", "c", "d", "e", "f", "g", "h", "<s>", "</s>")
 ONE = ("h", "g", "f", "e", "d", "c", "b", "a", "x", "y", "<s>", "</s>", "<im>")
@@ -228,6 +228,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tokenizer: Any, sentence: str
         ("{}", "the tokenizer has no vocabulary under model"),
         ('{"model": {"vocab": {"a": -1}}}', "token 'a' has the id -1"),
         ('{"model": {"vocab": {"a": 0}}, "added_tokens": [1]}', "added_tokens is no list of mappings"),
+        ('{"model": {"vocab": {"a": 0, "b": 3, "c": 3}}}', "tokens 'b' and 'c' both have the id 3"),
+        (
+            '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 9000000, "content": "x"}]}',
+            "token 'x' has the id 9,000,000, far past the 2 tokens that there are",
+        ),
         ('{"model": {"vocab": [[["a"], 0.0]]}}', "the vocabulary is no list of texts and scores"),
         (
             '{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": ["x"]}]}',
@@ -243,6 +248,51 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path, text: str | None, senten
     with pytest.raises(PymergeError) as caught:
         pymerge.plan(recipe)
     assert f"{file}: {sentence}" in str(caught.value)
+    assert "shape" not in str(caught.value)  # which differ only until there is one tokenizer for all
+
+
+def test_the_tokenizer_of_a_model_with_a_lora(tmp_path: Path) -> None:
+    models = family(tmp_path)
+    lora, _ = write_lora(tmp_path / "lora", {}, 1)
+    both = Path(f"{models[1].path}+{lora}")
+    paths = [models[0].path, both, models[2].path]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", paths, tokenizer_source=str(both))
+    pymerge.merge(recipe, tmp_path / "out")
+    assert ids_of(tmp_path / "out") == {token: number for number, token in enumerate(ONE)}
+    assert read_checkpoint(tmp_path / "out")[EMBEDDING].shape == (len(ONE), WIDTH)
+
+
+def test_all_that_is_wrong_with_tokenizers_is_said_together(tmp_path: Path) -> None:
+    """Whatever else is wrong; but nothing that only follows from it."""
+    paths = [model.path for model in family(tmp_path)]
+    for path in paths[:2]:
+        (path / "tokenizer.json").write_text("[]")
+    (paths[2] / "config.json").write_text("{")
+    more = [*paths, tmp_path / "nowhere"]
+    recipe = write_recipe(tmp_path / "r.yml", "linear", more, paths[0], tokenizer_source="union", sauce=1)
+    with pytest.raises(ProblemList) as caught:
+        pymerge.plan(recipe, tmp_path)
+    said = [text.replace(str(tmp_path), "") for text in caught.value.problems]
+    assert [text for text in said if text.startswith("tokenizer: ")] == [
+        "tokenizer: /base/tokenizer.json: the JSON is not an object",
+        "tokenizer: /one/tokenizer.json: the JSON is not an object",
+    ]
+    for what in ("sauce: unknown key", "no such file or folder: /nowhere", "/two/config.json: ", "output "):
+        assert any(what in text for text in said), what
+    assert not any("shape" in text for text in said)
+
+
+def test_rows_that_are_no_tokens_are_said_to_be(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "gaps", BASE, 1)
+    tokenizer = tokenizer_json(BASE)
+    tokenizer["added_tokens"] = [{"id": len(BASE) + 2, "content": "<new>"}]
+    (model.path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = write_recipe(tmp_path / "r.yml", "passthrough", [model.path], tokenizer_source="union")
+    said = pymerge.plan(recipe).describe()
+    assert "11 tokens, 13 rows" in said
+    assert "1 of them are missing in expert" in said
+    assert "2 rows are no token's and get zeros" in said
+    assert "None" not in said
 
 
 def test_transformers_reads_the_tokenizer(tmp_path: Path) -> None:

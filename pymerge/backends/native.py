@@ -223,12 +223,16 @@ class _RuleTable:
     def __init__(self) -> None:
         self.rows: list[dict[str, object]] = []
         self._numbers: dict[Rule, int] = {}
+        self._last: Rule | None = None
+        self._number = 0
 
     def number(self, rule: Rule) -> int:
-        number = self._numbers.setdefault(rule, len(self.rows))
-        if number == len(self.rows):
+        if rule is self._last:  # to hash a rule takes longer than all else that is done for a job
+            return self._number
+        self._last, self._number = rule, self._numbers.setdefault(rule, len(self.rows))
+        if self._number == len(self.rows):
             self.rows.append(_rule_row(rule))
-        return number
+        return self._number
 
 
 def _rule_row(rule: Rule) -> dict[str, object]:

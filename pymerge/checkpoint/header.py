@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from pymerge.dtypes import BY_HEADER_NAME, DType
 from pymerge.errors import OutputError
@@ -76,16 +76,32 @@ class Header:
     mtime_ns: int
 
 
-def read_header(path: Path, max_header_bytes: int = MAX_HEADER_BYTES) -> Header:
+class Described(NamedTuple):
+    """What the bytes of a header say; `end`: where a file with this header ends."""
+
+    tensors: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    end: int
+
+
+def read_header(
+    path: Path, max_header_bytes: int = MAX_HEADER_BYTES, known: dict[str, Described] | None = None
+) -> Header:
     """The checked header of one safetensors file.
 
-    Raises CheckpointError with one sentence naming the file, and the tensor where there is one.
+    `known`: headers read before, by their digests; files with equal ones share what they say, and this one is
+    added. Raises CheckpointError with one sentence naming the file, and the tensor where there is one.
     """
     with reading(path) as fd:
         status = os.fstat(fd)
         raw = _raw_header(fd, status.st_size, max_header_bytes)
-        tensors, metadata = _parse(raw, status.st_size)
-    return Header(tensors, metadata, hashlib.sha256(raw).hexdigest(), status.st_size, status.st_mtime_ns)
+        digest = hashlib.sha256(raw).hexdigest()
+        said = known.get(digest) if known else None
+        said = said or _parse(raw)
+        _check_end(said.end, status.st_size)
+    if known is not None:
+        known[digest] = said
+    return Header(said.tensors, said.metadata, digest, status.st_size, status.st_mtime_ns)
 
 
 def _raw_header(fd: int, file_size: int, limit: int) -> bytes:
@@ -164,7 +180,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return found
 
 
-def _parse(raw: bytes, file_size: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+def _parse(raw: bytes) -> Described:
     top = parse_object(raw[8:])
     metadata = _metadata(top.pop(METADATA_KEY, None))
     if b"\\u" in raw:  # only an escape can smuggle in half a surrogate pair
@@ -183,14 +199,17 @@ def _parse(raw: bytes, file_size: int) -> tuple[dict[str, TensorEntry], dict[str
                 f" it begins at byte {entry.begin - start} of the data, expected {at - start}"
             )
         at = entry.end
-    if file_size < at:
-        raise Malformed(f"the file is truncated: its header describes {at} bytes, the file has {file_size}")
-    if file_size > at:
+    return Described(dict(entries), metadata, at)
+
+
+def _check_end(end: int, file_size: int) -> None:
+    if file_size < end:
+        raise Malformed(f"the file is truncated: its header describes {end} bytes, the file has {file_size}")
+    if file_size > end:
         raise Malformed(
-            f"the file goes on after its last tensor: its header describes {at} bytes,"
+            f"the file goes on after its last tensor: its header describes {end} bytes,"
             f" the file has {file_size}"
         )
-    return dict(entries), metadata
 
 
 def _metadata(value: Any) -> dict[str, str]:

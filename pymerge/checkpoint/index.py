@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -9,7 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pymerge.checkpoint.header import MAX_HEADER_BYTES, Header, TensorEntry, parse_object, read_header
+from pymerge.checkpoint.header import (
+    MAX_HEADER_BYTES,
+    Described,
+    Header,
+    TensorEntry,
+    parse_object,
+    read_header,
+)
 from pymerge.errors import CheckpointError, ProblemList
 from pymerge.files import Malformed, is_file_name, read_file
 from pymerge.text import shown
@@ -46,26 +54,47 @@ class Checkpoint(NamedTuple):
     tensors: dict[str, TensorRef]
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+class Seen(NamedTuple):
+    """What the checkpoints opened before hold: those of a family often have equal headers, and share it.
+
+    `headers`, `indexes`: by the digests of their bytes. `tensors`: by the digests of the shards' headers.
+    """
+
+    headers: dict[str, Described]
+    indexes: dict[str, dict[str, str]]
+    tensors: dict[tuple[str, ...], dict[str, TensorRef]]
+
+    @classmethod
+    def nothing(cls) -> Seen:
+        """Where the first checkpoint begins."""
+        return cls({}, {}, {})
+
+
+def open_checkpoint(path: Path, seen: Seen | None = None) -> Checkpoint:
     """Read every header of the checkpoint at `path`, a folder or one safetensors file.
 
-    Raises CheckpointError for one problem and ProblemList for several found together; each is
+    `seen`: what is shared with checkpoints opened before; of this one it is added. Then nobody may change
+    the tables. Raises CheckpointError for one problem and ProblemList for several found together; each is
     one sentence naming file and tensor. Reads no tensor data. Files may be symbolic links.
     """
+    seen = seen or Seen.nothing()
     if not _is_folder(path):
-        return _checkpoint(path, [Shard(path, read_header(path))])
+        return _checkpoint(path, [Shard(path, read_header(path, known=seen.headers))], seen)
     weights = _weights_of(path)
     if weights.name.endswith(_INDEX_SUFFIX):
-        return _checkpoint(path, _indexed_shards(path, weights))
-    return _checkpoint(path, [Shard(weights, read_header(weights))])
+        return _checkpoint(path, _indexed_shards(path, weights, seen), seen)
+    return _checkpoint(path, [Shard(weights, read_header(weights, known=seen.headers))], seen)
 
 
-def _checkpoint(path: Path, shards: Sequence[Shard]) -> Checkpoint:
-    tensors = {
-        name: TensorRef(number, entry)
-        for number, shard in enumerate(shards)
-        for name, entry in shard.header.tensors.items()
-    }
+def _checkpoint(path: Path, shards: Sequence[Shard], seen: Seen) -> Checkpoint:
+    key = tuple(shard.header.digest for shard in shards)
+    tensors = seen.tensors.get(key)
+    if tensors is None:
+        tensors = seen.tensors[key] = {
+            name: TensorRef(number, entry)
+            for number, shard in enumerate(shards)
+            for name, entry in shard.header.tensors.items()
+        }
     return Checkpoint(path, tuple(shards), tensors)
 
 
@@ -139,8 +168,8 @@ def _has_weights(folder: Path) -> bool:
         return False
 
 
-def _indexed_shards(folder: Path, index: Path) -> list[Shard]:
-    weight_map = _read_index(index)
+def _indexed_shards(folder: Path, index: Path, seen: Seen) -> list[Shard]:
+    weight_map = _read_index(index, seen)
     file_names = sorted(set(weight_map.values()))
     problems = [
         f"{index}: {shown(name)} is not the plain name of a {_SUFFIX} file in the same folder"
@@ -157,7 +186,7 @@ def _indexed_shards(folder: Path, index: Path) -> list[Shard]:
             problems.append(f"{folder / name}: this shard is missing, {shown(index.name)} names it")
             continue
         try:
-            headers[name] = read_header(folder / name)
+            headers[name] = read_header(folder / name, known=seen.headers)
         except CheckpointError as problem:
             problems.append(str(problem))
     problems += _disagreements(folder, index, weight_map, headers)
@@ -170,9 +199,12 @@ def _refuse(problems: Sequence[str]) -> None:
     raise CheckpointError(problems[0]) if len(problems) == 1 else ProblemList(problems)
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def _read_index(path: Path, seen: Seen) -> dict[str, str]:
     """The checked weight_map: tensor name to file name."""
     data = read_file(path, MAX_HEADER_BYTES)
+    digest = hashlib.sha256(data).hexdigest()
+    if digest in seen.indexes:
+        return seen.indexes[digest]
     try:
         weight_map = parse_object(data).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -182,6 +214,7 @@ def _read_index(path: Path) -> dict[str, str]:
                 raise Malformed(f"the index gives tensor {shown(tensor)} no file name")
     except Malformed as problem:
         raise CheckpointError(f"{path}: {problem}") from None
+    seen.indexes[digest] = weight_map
     return weight_map
 
 

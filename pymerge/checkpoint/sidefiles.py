@@ -190,19 +190,26 @@ def model_card(
         f"---\n{front}---\n",
         f"# {_plain(name)}\n",
         f"Merged by pymerge with the method `{method}`{cited}.\n",
-        *([f"Base model: {_plain(hub_name(base_model) or base_model)}\n"] if base_model else []),
+        *([f"Base model: {_plain(_told(base_model))}\n"] if base_model else []),
         "Merged models:\n",
-        *(f"- {_plain(hub_name(model) or model)}" for model in models),
+        *(f"- {_plain(_told(model))}" for model in models),
         f"\n## Recipe\n\n{fence}yaml\n{recipe.rstrip()}\n{fence}\n",
     ]
     return "\n".join(lines).encode("utf-8", "backslashreplace")
 
 
+def _told(source: str) -> str:
+    """What a card calls a model: its name on the Hub, or its path, from the working directory on if there."""
+    return hub_name(source) or source.replace(f"{os.getcwd()}/", "")
+
+
 def hub_name(source: str) -> str | None:
-    """`owner/name` when `source` is one or lies in a Hub cache, else None."""
+    """`owner/name` when `source` is one or lies in a Hub cache, else None; a path that exists wins."""
     cached = _HUB_CACHE.search(source + "/")
     if cached:
         return f"{cached[1]}/{cached[2]}"
+    if _HUB_NAME.fullmatch(source) and os.path.lexists(source):
+        return None
     return source if _HUB_NAME.fullmatch(source) and "--" not in source and ".." not in source else None
 
 

@@ -35,6 +35,8 @@ TOKENIZER_FILES = (
 )
 # Token ids are row numbers; no vocabulary comes near this.
 _MOST_TOKENS = 10_000_000
+# Ids without a token that a small vocabulary may have; large ones may have as many as tokens.
+_MOST_GAPS = 10_000
 
 
 class Tokenizer(NamedTuple):
@@ -94,7 +96,22 @@ def _tokens(content: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, dict[
     for token, number in ids.items():
         if not isinstance(token, str) or type(number) is not int or not 0 <= number < _MOST_TOKENS:
             raise Malformed(f"token {shown(token)} has the id {shown(number)}, expected a number of a row")
+    _check_rows(ids)
     return ids, added
+
+
+def _check_rows(ids: Mapping[str, int]) -> None:
+    """Every row is one token's, and few are no token's: a table of rows is as long as the largest id."""
+    if len(set(ids.values())) < len(ids):
+        first: dict[int, str] = {}
+        for token, number in ids.items():
+            if (other := first.setdefault(number, token)) != token:
+                raise Malformed(f"tokens {shown(other)} and {shown(token)} both have the id {number}")
+    last = max(ids, key=ids.__getitem__, default="")
+    if ids and ids[last] >= 2 * len(ids) + _MOST_GAPS:
+        raise Malformed(
+            f"token {shown(last)} has the id {ids[last]:,}, far past the {len(ids):,} tokens that there are"
+        )
 
 
 def with_tokens(tokenizer: Tokenizer, others: Sequence[Tokenizer], more: Sequence[str] = ()) -> Tokenizer:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from handmade import raw, write_index, write_tensors
 
-from pymerge.checkpoint.index import Checkpoint, TensorRef, open_checkpoint
+from pymerge.checkpoint.index import Checkpoint, Seen, TensorRef, open_checkpoint
 from pymerge.errors import CheckpointError, ProblemList
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -250,3 +250,36 @@ def test_large_index(tmp_path: Path) -> None:
         weight_map |= {name: f"m{number}.safetensors" for name in part}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     assert set(open_checkpoint(tmp_path).tensors) == set(names)
+
+
+def test_equal_headers_are_shared_and_every_file_is_checked_all_the_same(
+    sharded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    twin = tmp_path_factory.mktemp("twin")
+    write_tensors(twin / FIRST, ["a", "b"], fill=1)
+    write_tensors(twin / SECOND, ["c"], fill=1)
+    (twin / INDEX).write_bytes((sharded / INDEX).read_bytes())
+    seen = Seen.nothing()
+    first, second = open_checkpoint(sharded, seen), open_checkpoint(twin, seen)
+    assert second.tensors is first.tensors
+    assert second == open_checkpoint(twin)
+    with open(twin / SECOND, "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckpointError, match=rf"{SECOND}: the file goes on after its last tensor"):
+        open_checkpoint(twin, seen)
+    os.truncate(twin / SECOND, os.path.getsize(sharded / SECOND) - 1)
+    with pytest.raises(CheckpointError, match=rf"{SECOND}: the file is truncated"):
+        open_checkpoint(twin, seen)
+
+
+def test_an_index_seen_before_is_compared_with_other_shards(
+    sharded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    write_tensors(other / FIRST, ["a"])
+    write_tensors(other / SECOND, ["c"])
+    (other / INDEX).write_bytes((sharded / INDEX).read_bytes())
+    seen = Seen.nothing()
+    open_checkpoint(sharded, seen)
+    with pytest.raises(CheckpointError, match=r"tensor 'b' is in .* but not in the file"):
+        open_checkpoint(other, seen)

@@ -177,3 +177,15 @@ def test_model_card_cannot_be_broken_out_of() -> None:
 )
 def test_hub_names(source: str, name: str | None) -> None:
     assert hub_name(source) == name
+
+
+def test_a_card_tells_no_more_of_local_paths_than_it_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    models = ["org/other", f"{tmp_path}/models/a", f"{tmp_path}/models/a+{tmp_path}/lora", "/data/x"]
+    found = card(models=models)
+    assert "Base model: org/base\n" in found.text
+    assert found.data.to_dict()["base_model"] == ["org/other"]  # org/base is a folder here
+    assert "- org/other\n- models/a\n- models/a+lora\n- /data/x\n" in found.text
