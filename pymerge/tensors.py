@@ -270,12 +270,12 @@ def _check_triton(device: str) -> None:
 
 
 def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: int | None) -> None:
-    from pymerge.backends.native import NativeRun, Settings, available_cores
+    from pymerge.backends.native import NativeRun, Settings
 
     def region(array: Array) -> Region:
         return Region(dtype_of(array), kind.span(array)[0])
 
-    jobs, size, tiles = [], 0, 0
+    jobs, size = [], 0
     for stack in stacks:
         count = kind.count(stack.inputs[0])
         regions = tuple(region(array) for array in stack.inputs)
@@ -283,10 +283,7 @@ def _run_native(stacks: Sequence[Stack], rule: Rule, kind: ArrayKind, threads: i
         out, row = region(stack.out), row_of(kind.shape(stack.out), rule)
         jobs.append(TensorJob(stack.name, count, base, experts, out, rule, row=row))
         size += count * sum(source.dtype.itemsize for source in regions)
-        tiles += count // Settings.tile + 1
-    # A thread takes 30 us to start, in which a small tensor is merged.
-    workers = min(threads or available_cores(), tiles)
-    settings = Settings(threads=workers, memory=max(Settings.memory, size // LIST_SHARE))
+    settings = Settings(threads=threads or 0, memory=max(Settings.memory, size // LIST_SHARE))
     NativeRun(jobs, rule.scope, [], settings).execute()
 
 

@@ -168,7 +168,7 @@ class NativeRun:
             compounds.rows,
             families,
             fds,
-            _settings_row(settings),
+            _settings_row(settings, jobs),
             given,
         )
 
@@ -315,10 +315,12 @@ def _check_one_working_type(jobs: Sequence[TensorJob]) -> None:
         )
 
 
-def _settings_row(settings: Settings) -> dict[str, object]:
+def _settings_row(settings: Settings, jobs: Sequence[TensorJob]) -> dict[str, object]:
+    # A thread takes 30 us to start, in which a small tensor is merged.
+    tiles = sum(job.count // settings.tile + 1 for job in jobs)
     return {
         "isa": settings.isa.value,
-        "threads": settings.threads or available_cores(),
+        "threads": min(settings.threads or available_cores(), max(tiles, 1)),
         "tile": settings.tile,
         "memory": settings.memory,
         "sigmas": settings.sigmas,
