@@ -143,7 +143,7 @@ class _Torch:
     def fault(self, array: Array) -> str | None:
         import torch
 
-        if array.layout is not torch.strided or not _lies_in_memory(array):
+        if array.layout is not torch.strided or array.is_nested or not _lies_in_memory(array):
             return (
                 f"is a {type(array).__name__} of layout {array.layout} that lies on {array.device};"
                 " expected a dense tensor with memory of its own"
@@ -215,7 +215,7 @@ class _Torch:
 
 
 def _lies_in_memory(array: Array) -> bool:
-    """Whether a strided tensor's elements lie in its storage: not meta, fake, wrapped, nested, freed."""
+    """Whether a strided tensor's elements lie in its storage: not meta, fake, wrapped, freed."""
     try:
         storage = array.untyped_storage()
         if storage.device.type == "meta":
