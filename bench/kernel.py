@@ -24,7 +24,7 @@ from pymerge.job import Region, TensorJob
 from pymerge.methods import METHODS
 from pymerge.rule import Rule, Scope, ThresholdTies
 from pymerge.ruling import rule_for
-from pymerge.tensors import LIST_SHARE
+from pymerge.tensor_backends import LIST_SHARE
 
 HERE = Path(__file__).parent
 

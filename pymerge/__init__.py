@@ -5,6 +5,7 @@ plan(recipe)                what that would do, from headers alone
 plan_documents(recipe)      the same for a recipe of several YAML documents
 sweep(recipe, out, settings) the same with several settings, from one reading
 merge_tensors(base, experts) tensors in memory
+Session(base, experts)      many merges of the same tensors
 merge_state_dicts(base, experts) models in memory: torch modules, or dicts of tensors
 merge_into(model, experts)   the same, into a model's own parameters
 load_recipe, parse_recipe   a Recipe from a file or from text, for merge and plan
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pymerge.planner import Plan
     from pymerge.recipe import Recipe, load_recipe, parse_recipe
     from pymerge.run.results import Summary
+    from pymerge.session import Session
     from pymerge.tensors import merge_tensors
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "Plan",
     "PymergeError",
     "Recipe",
+    "Session",
     "Summary",
     "__version__",
     "load_recipe",
@@ -51,6 +54,7 @@ _HOMES = {
     "Plan": "pymerge.planner",
     "PymergeError": "pymerge.errors",
     "Recipe": "pymerge.recipe",
+    "Session": "pymerge.session",
     "Summary": "pymerge.run.results",
     "load_recipe": "pymerge.recipe",
     "merge": "pymerge.api",

@@ -95,27 +95,29 @@ def read_operands(base: object | None, experts: Sequence[object]) -> Operands:
     return Operands(first[1].kind, first[1].device, arrays, dtypes, items[0])
 
 
-def stacked(operands: Operands, out: object | None, wanted: DType | None) -> list[Stack]:
-    """What a backend is given. `out`: arrays for the results, built as the inputs are; None: new ones.
+def stacked(operands: Operands, outs: Sequence[object | None], wanted: DType | None) -> list[list[Stack]]:
+    """What a backend is given, for each of `outs`: arrays for the results, built as the inputs are.
 
-    `wanted`: the results' float type, None for the inputs' common one; integers keep theirs.
+    An out of None means new ones. `wanted`: the results' float type, None for the inputs' common one;
+    integers keep theirs.
     """
     kind = operands.kind
     dtypes = {
         name: wanted if wanted is not None and dtype.mergeable else dtype
         for name, dtype in operands.dtypes.items()
     }
-    if out is None:
-        results = {name: kind.empty(row[0], dtypes[name]) for name, row in operands.arrays.items()}
-    else:
-        results = dict(_by_name(Item("out", out), operands.first))
+    results = []
+    for out in outs:
+        if out is None:
+            results.append({name: kind.empty(row[0], dtypes[name]) for name, row in operands.arrays.items()})
+            continue
+        results.append(dict(_by_name(Item("out", out), operands.first)))
         for name, dtype in dtypes.items():
-            _check_out(Item("out", results[name], name), dtype, operands)
+            _check_out(Item("out", results[-1][name], name), dtype, operands)
+    if any(out is not None for out in outs):
         _check_apart(operands, results)
-    return [
-        Stack(name, tuple(kind.contiguous(array) for array in row), results[name])
-        for name, row in operands.arrays.items()
-    ]
+    inputs = {name: tuple(map(kind.contiguous, row)) for name, row in operands.arrays.items()}
+    return [[Stack(name, row, result[name]) for name, row in inputs.items()] for result in results]
 
 
 def _by_name(item: Item, first: Item) -> Mapping[str, Any]:
@@ -201,12 +203,12 @@ def _check_out(item: Item, dtype: DType, operands: Operands) -> None:
         raise BackendError(f"{item} {fault}")
 
 
-def _check_apart(operands: Operands, outs: Mapping[str, Array]) -> None:
+def _check_apart(operands: Operands, results: Sequence[Mapping[str, Array]]) -> None:
     """Results are written while inputs are read, so `out` must not touch any input, nor itself twice."""
     bounds = operands.kind.bounds
     spans: list[tuple[int, int, Item | None]]
     spans = [(*bounds(array), None) for row in operands.arrays.values() for array in row]
-    spans += [(*bounds(out), Item("out", out, name)) for name, out in outs.items()]
+    spans += [(*bounds(out), Item("out", out, name)) for outs in results for name, out in outs.items()]
     read_to, written_to, last = 0, 0, None
     for start, end, item in sorted(spans, key=itemgetter(0)):
         if start == end:

@@ -23,7 +23,7 @@ from pymerge.methods import METHODS
 from pymerge.presets import Defaults
 from pymerge.rule import READ_ONCE, Blend, Rule, Vectors, passes
 from pymerge.ruling import rule_for
-from pymerge.tensors import Backend, choose_backend
+from pymerge.tensor_backends import Backend, choose_backend
 
 CASES, LARGE_CASES = blend_cases(), large_cases()
 THREADS, TILES = (1, 2, 5), (1024, 32768, 131072)

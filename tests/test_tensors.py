@@ -227,7 +227,7 @@ def test_scope_model_needs_one_working_type() -> None:
 
 def test_what_kernels_do_not_take_goes_to_the_reference_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float64 and more than 64 experts; a backend that was asked for by name says no instead."""
-    from pymerge import tensors
+    from pymerge import tensor_backends as tensors
 
     monkeypatch.setattr(tensors, "_best_on", lambda device: tensors.Backend.CUDA)
     assert tensors.choose_backend(None, "cuda:0") is tensors.Backend.CUDA

@@ -117,7 +117,7 @@ def _has_tangent(tensor: Tensor) -> bool:
 
 
 def _backend_for(device: torch.device, experts: int) -> str:
-    from pymerge.tensors import MOST_EXPERTS, Backend, choose_backend
+    from pymerge.tensor_backends import MOST_EXPERTS, Backend, choose_backend
 
     chosen = choose_backend(None, str(device))
     if chosen is Backend.REFERENCE or (chosen is not Backend.CPU and experts > MOST_EXPERTS):
