@@ -222,7 +222,7 @@ def family(folder: Path, parameters: int, experts: int) -> tuple[tuple[Path, ...
 
 
 def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
-    """Every tool on every method and scope; the tools take turns. Saves after each turn: it may take long."""
+    """Every tool on every method and scope; the tools take turns. Saved after each turn: it takes long."""
     models, params = family(given.family or folder / "family", int(given.params), given.experts)
     tools: dict[str, int] = {FLOOR: given.runs, OURS: given.runs}
     tools |= {TORCH: 1} if given.reference else {}

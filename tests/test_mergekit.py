@@ -38,6 +38,10 @@ NEAR: list[tuple[str, int, int | None, dict[str, Any]]] = [
     ("sce", 4, 0, {}),
     ("sce", 4, 0, {"select_topk": 0.3}),
     ("ties", 4, 3, {"weight": 0.5, "density": 0.5, "rescale": True}),
+    ("ram", 4, 0, {"epsilon": 0.3}),
+    ("ramplus_tl", 4, 1, {"epsilon": 0.3, "r": 0.5, "alpha": 0.3}),
+    ("nearswap", 2, 0, {"t": 0.01}),
+    ("arcee_fusion", 2, 1, {}),
 ]
 DRAWN = ["dare_linear", "dare_ties", "della", "della_linear"]
 
@@ -146,6 +150,20 @@ def test_strict_leaves_draws_to_mergekit(theirs: Any, method: str) -> None:
     assert patches.tally.left == {(method, "strict, and another generator draws"): 1}
 
 
+def test_fused_results_are_float32_as_mergekit_s(theirs: Any) -> None:
+    expected, found = both(theirs, models((40, 64), 2, torch.bfloat16), "arcee_fusion", 0, {})
+    # mergekit's importances have 8 bits there, so near the threshold it takes others (found: 70 of 2,560).
+    assert (found != expected).count_nonzero() < 0.05 * found.numel()
+
+
+def test_strict_leaves_sampled_quartiles_to_mergekit(theirs: Any) -> None:
+    tensors = models((1001, 1000), 2)
+    for strict, reason in ((False, None), (True, ("arcee_fusion", "strict, and another generator draws"))):
+        with ours.enable(strict=strict) as patches:
+            theirs.merge_tensors(tensors, "arcee_fusion", base_index=0, parameters={})
+        assert patches.tally.left == ({} if reason is None else {reason: 1})
+
+
 @pytest.mark.parametrize(
     ("method", "given", "shape", "dtype", "reason"),
     [
@@ -153,7 +171,6 @@ def test_strict_leaves_draws_to_mergekit(theirs: Any, method: str) -> None:
         ("task_arithmetic", {"weight": 0.5}, (0,), torch.float32, "a tensor without elements"),
         ("linear", {"weight": 0.0}, (5,), torch.float32, "the weights of linear sum to 0, so they"),
         ("della", {"weight": 0.5, "density": 0.5}, (4, 5, 6), torch.float32, "rows of one entry, or of more"),
-        ("ram", {}, (5,), torch.float32, "a method that is mergekit's own"),
     ],
 )
 def test_what_is_left_gives_mergekit_s_result(
@@ -168,6 +185,12 @@ def test_what_is_left_gives_mergekit_s_result(
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
     assert not patches.tally.made
     assert [why.startswith(reason) for _, why in patches.tally.left] == [True], patches.summary()
+
+
+def test_methods_that_are_not_known_stay_with_mergekit(theirs: Any) -> None:
+    with ours.enable() as patches:
+        theirs.merge_tensors([torch.ones(5)], "passthrough", parameters={})
+    assert patches.tally.left == {("passthrough", "a method that is mergekit's own"): 1}
 
 
 def test_gradients_still_flow(theirs: Any) -> None:

@@ -164,6 +164,14 @@ def loras(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.named_parameters() if "lora" in name}
 
 
+def make_different(model: Any) -> None:
+    """Gives 16-bit tensors entries whose magnitudes all differ: of equals PEFT keeps any."""
+    for x in loras(model).values():
+        if x.dtype is not torch.float32:
+            magnitudes = torch.randperm(x.numel()).reshape(x.shape).to(torch.int16) + 8000
+            x.data = magnitudes.view(x.dtype) * (torch.randint(0, 2, x.shape) * 2 - 1).to(x.dtype)
+
+
 def both(model: Any, combination: str, majority: str = "total", weights: Any = None) -> Patches:
     """Merges all adapters twice, by PEFT and by pymerge, and compares the bits of everything."""
     names = [name for name in model.peft_config if name.isdigit()]
@@ -210,16 +218,25 @@ def test_gathered_merges_have_peft_s_bits(
 ) -> None:
     monkeypatch.setattr(peft_batch, "BATCH", 100_000)  # several batches, and one that a merge exceeds
     model = adapted(count, dtype)
-    for x in loras(model).values():  # all magnitudes differ: of equals PEFT keeps any
-        if x.dtype is not torch.float32:
-            magnitudes = torch.randperm(x.numel()).reshape(x.shape).to(torch.int16) + 8000
-            x.data = magnitudes.view(dtype) * (torch.randint(0, 2, x.shape) * 2 - 1).to(dtype)
+    make_different(model)
     made = both(model, "ties", majority).tally.made
     assert made["ties"] == (6 if count <= MOST_SUMMED else 0)
 
 
-def test_gathered_merges_that_are_not_finite_are_peft_s(theirs: Any) -> None:
-    model = adapted(2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [1.0, -1.0, 4.0])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_merges_made_at_once_have_peft_s_bits(
+    theirs: Any, count: int, weight: float, dtype: torch.dtype
+) -> None:
+    model = adapted(count, dtype, lora_alpha=8)
+    make_different(model)
+    assert both(model, "ties", weights=[weight] * count).tally.made == {"ties": 6}
+
+
+@pytest.mark.parametrize("alpha", [8, 12])
+def test_gathered_merges_that_are_not_finite_are_peft_s(theirs: Any, alpha: int) -> None:
+    model = adapted(2, lora_alpha=alpha)
     model.base_model.model.linear.lora_A["1"].weight.data[0, 0] = torch.inf
     names = ["0", "1"]
     given = {"combination_type": "ties", "density": 0.3}

@@ -38,9 +38,8 @@ BASE, MODELS = model(0), [model(seed) for seed in range(1, EXPERTS + 1)]
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    return a.dtype is b.dtype and bool(torch.equal()
-        a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8)
-    )
+    x, y = (tensor.reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return a.dtype is b.dtype and bool(torch.equal(x, y))
 
 
 @pytest.fixture

@@ -28,6 +28,8 @@ TRIMS: Mapping[str | None, Trim] = MappingProxyType(
         "della_magprune": Trim.RANKED,
     }
 )
+# Above so many elements mergekit takes the quartiles of arcee_fusion from a random sample.
+ARCEE_SAMPLE = 1_000_000
 _ARITHMETIC = ("weight", "density", "gamma", "epsilon", "lambda", "normalize", "rescale", "int8_mask")
 
 
@@ -38,6 +40,11 @@ def patch(patches: Patches, methods: Any, strict: bool) -> None:
     def arithmetic(method: Any, group: Any, parameters: Parameters) -> Call:
         return _arithmetic(method, group, parameters, strict)
 
+    def functional(method: Any, group: Any, parameters: Parameters) -> Call:
+        if strict and method.spec.name == "arcee_fusion" and group.tensors[0].numel() > ARCEE_SAMPLE:
+            raise Left("strict, and another generator draws")
+        return _functional(method, group, parameters)
+
     patches.replace(
         methods.GeneralizedTaskArithmeticMerge,
         "merge_group",
@@ -46,7 +53,7 @@ def patch(patches: Patches, methods: Any, strict: bool) -> None:
     patches.replace(
         base.FunctionalGroupMergeMethod,
         "merge_group",
-        lambda original, tally: _routed(original, tally, _functional),
+        lambda original, tally: _routed(original, tally, functional),
     )
     patches.replace(
         methods.BatchedMergeMethod, "merge_batch", lambda original, tally: _routed(original, tally, _batched)
@@ -133,6 +140,27 @@ def _sce(group: Any, parameters: Parameters) -> Call:
     return Call("sce", _origin(group), _experts(group), {"select_topk": parameters["select_topk"]})
 
 
+def _ram(group: Any, parameters: Parameters) -> Call:
+    _check_known(parameters, ("epsilon",))
+    return Call("ram", _origin(group), _experts(group), dict(parameters))
+
+
+def _ramplus_tl(group: Any, parameters: Parameters) -> Call:
+    _check_known(parameters, ("epsilon", "r", "alpha"))
+    return Call("ramplus_tl", _origin(group), _experts(group), dict(parameters))
+
+
+def _nearswap(group: Any, parameters: Parameters) -> Call:
+    _check_known(parameters, ("t",))
+    return Call("nearswap", _origin(group), _experts(group), dict(parameters))
+
+
+def _arcee_fusion(group: Any, parameters: Parameters) -> Call:
+    _check_known(parameters, ())
+    # mergekit's result is float32 whatever the inputs are.
+    return Call("arcee_fusion", _origin(group), _experts(group), {"out_dtype": "float32"})
+
+
 def _nuslerp(group: Any, parameters: Parameters) -> Call:
     _check_known(parameters, ("weight", "nuslerp_row_wise", "nuslerp_flatten"))
     return _weighted("nuslerp", group, parameters)
@@ -147,10 +175,14 @@ def _multislerp(group: Any, parameters: Parameters) -> Call:
 
 _FUNCTIONAL: Mapping[str, Callable[[Any, Parameters], Call]] = MappingProxyType(
     {
+        "arcee_fusion": _arcee_fusion,
         "karcher": _karcher,
         "model_stock": _model_stock,
         "multislerp": _multislerp,
+        "nearswap": _nearswap,
         "nuslerp": _nuslerp,
+        "ram": _ram,
+        "ramplus_tl": _ramplus_tl,
         "sce": _sce,
     }
 )

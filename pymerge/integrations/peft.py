@@ -4,9 +4,10 @@
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="ties", density=0.2)
     print(patches.summary())
 
-pymerge trims for `ties` and `magnitude_prune` and sums for `task_arithmetic`; votes and divisors are PEFT's
-own code, so results have PEFT's bits, but for entries equal to a threshold, of which the first are kept
-(PEFT: any of them). `dare_linear` and `dare_ties` stay with PEFT, for torch's generator draws their entries.
+A whole adapter by `ties` or `magnitude_prune` is gathered and made in few calls (peft_batch). One by one
+pymerge trims for these and sums for `task_arithmetic`; votes and divisors are then PEFT's own code. Results
+have PEFT's bits, but for entries equal to a threshold, of which the first are kept (PEFT: any of them), and
+the sign of zeros. `dare_linear` and `dare_ties` stay with PEFT, for torch's generator draws their entries.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ MOST_SUMMED = 4
 # Trimmed entries at a time: they stay in the cache, and the memory is the same one for all.
 BATCH = 1 << 21
 METHODS = ("ties", "magnitude_prune")
+# Zero times such an entry is NaN in PEFT.
+NOT_FINITE = "an entry that is not finite"
 # The method of LoraModel that merges the two tensors of one layer.
 ONE_LAYER = "_generalized_task_arithmetic_weighted_adapter"
 
@@ -48,7 +50,14 @@ class Asked:
     @property
     def kind(self) -> tuple[object, ...]:
         """What the merges of one call have in common."""
-        return self.tensors[0].dtype, self.density
+        return self.tensors[0].dtype, len(self.tensors), self.density, self.scale
+
+    @property
+    def scale(self) -> float | None:
+        """A weight that all share and that rounds nothing, so that it may as well multiply the result."""
+        weight, *others = set(self.weights.tolist())
+        exact = not others and abs(math.frexp(weight)[0]) == 0.5  # a power of two
+        return weight if exact and self.method == "ties" and self.majority == "total" else None
 
     @property
     def given(self) -> tuple[Any, ...]:
@@ -104,7 +113,10 @@ class Gathering:
 
     def _make(self, batch: Sequence[Asked]) -> None:
         try:
-            results = [_merged(asked, rows) for asked, rows in zip(batch, _trimmed(batch), strict=True)]
+            if batch[0].scale is not None:
+                results = _merged_at_once(batch, batch[0].scale)
+            else:
+                results = [_merged(asked, rows) for asked, rows in zip(batch, _trimmed(batch), strict=True)]
         except PymergeError as reason:
             results = [str(reason)] * len(batch)
         for asked, result in zip(batch, results, strict=True):
@@ -194,6 +206,34 @@ def _batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
         yield batch
 
 
+def _merged_at_once(batch: Sequence[Asked], scale: float) -> list[Tensor | str]:
+    """The results, written where they belong: with one weight for all PEFT's ties is pymerge's."""
+    import torch
+
+    from pymerge.tensors import merge_tensors
+
+    names = [str(k) for k in range(len(batch))]
+    zeros = torch.zeros(max(asked.count for asked in batch), dtype=batch[0].tensors[0].dtype)
+    inputs = zip(*([tensor.reshape(-1) for tensor in asked.tensors] for asked in batch), strict=True)
+    merge_tensors(
+        {name: zeros[: asked.count] for name, asked in zip(names, batch, strict=True)},
+        [dict(zip(names, row, strict=True)) for row in inputs],
+        method="ties",
+        density=batch[0].density,
+        lambda_=scale,
+        out={name: asked.out.view(-1) for name, asked in zip(names, batch, strict=True)},
+        threads=torch.get_num_threads(),
+    )
+    return [asked.out if _is_finite(asked.out) else NOT_FINITE for asked in batch]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are, and their sum."""
+    import torch
+
+    return math.isfinite(tensor.sum(dtype=torch.float32))
+
+
 def _trimmed(batch: Sequence[Asked]) -> list[list[Tensor]]:
     """For each merge its flat tensors with their largest entries, the first of equals, the rest zero."""
     import torch
@@ -223,8 +263,8 @@ def _merged(asked: Asked, rows: Sequence[Tensor]) -> Tensor | str:
     """What PEFT makes of trimmed `rows`, in float32, step by step with its roundings; or why it must."""
     rows = [row.float() for row in rows]
     total = _sum(rows)
-    if not math.isfinite(total.sum()):
-        return "an entry that is not finite"  # zero times it is NaN in PEFT
+    if not _is_finite(total):
+        return NOT_FINITE
     weights = asked.weights.tolist()
     if asked.method == "magnitude_prune":
         result = _sum([row * weight for row, weight in zip(rows, weights, strict=True)])
