@@ -174,16 +174,17 @@ def _outline(
         readable = list(inputs.values())
         complete = len(readable) == len(parts[0].members)
         lacking = lacked(readable) if method and complete else {}
-        names = check_tensors(readable, lacking, problems)
+        names = check_tensors(readable, {row[0] for row in lacking}, problems)
         if not readable or not complete or len(problems) > before:
             return [readable], Outline()
-        more = reduced(method, parts[0], readable, lacking, problems, notes) if method else {}
-        parts += [part for part, _ in more.values()]
-        members = [readable, *(holders for _, holders in more.values())]
+        more = reduced(method, parts[0], readable, lacking, problems, notes) if method else []
+        parts += [some.part for some in more]
+        members = [readable, *(some.holders for some in more)]
         if len(problems) > before:
             return [readable], Outline()
-        return members, whole([names, *more], members, uses_gradients(recipe))
+        listed = [names, *([row[0] for row in some.rows] for some in more)]
+        return members, whole(listed, members, uses_gradients(recipe))
     if problems or any(identity(entry.path) not in inputs for part in parts for entry in part.members):
         return [], Outline()
     members = [[inputs[identity(entry.path)] for entry in part.members] for part in parts]
-    return members, stacked(parts, members, problems, notes)
+    return members, stacked(method, parts, members, problems, notes)

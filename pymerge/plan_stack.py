@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pymerge.methods import Method
 from pymerge.plan_checks import Input, check_dtypes, check_pairs
 from pymerge.plan_layers import Layers, depth
+from pymerge.plan_optional import Row, is_optional, reduced
 from pymerge.plan_rule import Origin, Part
 from pymerge.text import shown
 
@@ -43,9 +45,16 @@ def whole(names: Sequence[Sequence[str]], members: Sequence[Sequence[Input]], de
 
 
 def stacked(
-    parts: Sequence[Part], members: Sequence[Sequence[Input]], problems: list[str], notes: list[str]
+    method: Method | None,
+    parts: list[Part],
+    members: list[list[Input]],
+    problems: list[str],
+    notes: list[str],
 ) -> Outline:
-    """The layers of all slices one after the other, and what is outside the layers; problems are added."""
+    """The layers of all slices one after the other, and what is outside the layers; problems are added.
+
+    So are parts, and their members, for the tensors that some sources of a slice lack.
+    """
     before = len(problems)
     models: dict[str, _Model] = {}
     for source in {source.label: source for sources in members for source in sources}.values():
@@ -69,10 +78,41 @@ def stacked(
         begin = taken[0][0].model.run.start + len(layers)
         origins += _layered(number, sources, begin)
         layers += sources[0].layers
-    for number, inputs in enumerate(members):
-        check_pairs(inputs, [origin.inputs for origin in origins if origin.part == number], problems)
     notes += _notes(outside, [len(sources) for sources in members])
-    return Outline(origins, [len(sources[0].layers) for sources in taken], layers)
+    found: list[Origin] = []
+    for number in range(len(parts)):
+        own = [origin for origin in origins if origin.part == number]
+        found += _with_reduced(method, number, own, parts, members, problems, notes)
+    return Outline(found, [len(sources[0].layers) for sources in taken], layers)
+
+
+def _with_reduced(
+    method: Method | None,
+    number: int,
+    origins: Sequence[Origin],
+    parts: list[Part],
+    members: list[list[Input]],
+    problems: list[str],
+    notes: list[str],
+) -> Iterator[Origin]:
+    """The origins of one slice, those that some sources lack in parts of their own, which are added."""
+    tables = [source.checkpoint.tensors for source in members[number]]
+    lacking: dict[Row, tuple[bool, ...]] = {}
+    for origin in origins if method else ():
+        has = tuple([name in table for name, table in zip(origin.inputs, tables, strict=True)])
+        if not all(has) and is_optional(origin.name):
+            lacking[origin.inputs] = has
+    by_row = {origin.inputs: origin for origin in origins}
+    complete = [origin for origin in origins if origin.inputs not in lacking]
+    check_pairs(members[number], [origin.inputs for origin in complete], problems)
+    yield from complete
+    for some in reduced(method, parts[number], members[number], lacking, problems, notes) if method else ():
+        parts.append(some.part)
+        members.append(some.holders)
+        table = some.holders[0].checkpoint.tensors
+        for row, own in some.rows.items():
+            merges = table[own[0]].entry.dtype.mergeable
+            yield by_row[row]._replace(part=len(parts) - 1, merges=merges, inputs=own)
 
 
 class _Taken(NamedTuple):
