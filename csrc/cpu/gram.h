@@ -8,6 +8,28 @@ constexpr int kVirtualLanes = 16;        // partial sums of a reduction, the sam
 constexpr int64_t kReduceBlock = 65536;  // elements that are summed before blocks are added in order
 constexpr int kGramChunk = 256;          // elements that are widened at a time: nine inputs stay in 18 KiB
 
+// As many doubles as one register holds. Spelled out, as an attribute must not depend on a template's
+// argument.
+template <int width>
+struct Doubles;
+template <>
+struct Doubles<2> {
+  typedef double Value __attribute__((vector_size(16)));
+  typedef int64_t Bits __attribute__((vector_size(16)));
+};
+template <>
+struct Doubles<4> {
+  typedef double Value __attribute__((vector_size(32)));
+  typedef int64_t Bits __attribute__((vector_size(32)));
+};
+template <>
+struct Doubles<8> {
+  typedef double Value __attribute__((vector_size(64)));
+  typedef int64_t Bits __attribute__((vector_size(64)));
+};
+template <class V>
+constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+
 // Pairs (i, j) with i <= j, row by row.
 constexpr int pair_count(int inputs) { return inputs * (inputs + 1) / 2; }
 constexpr size_t gram_scratch(int inputs) { return size_t(inputs) * kGramChunk; }
@@ -19,12 +41,11 @@ class GramKernel {
   static constexpr int kElements = V::width * kGroup;
   static_assert(kGramChunk % kMaxGroup == 0);
 
-  // As many of the virtual lanes as one register holds, and how many pairs fit beside their inputs.
-  static constexpr int kBytes = V::width == 16 ? 64 : V::width == 8 ? 32 : 16;
-  typedef double Part __attribute__((vector_size(kBytes)));
-  static constexpr int kPart = kBytes / 8, kParts = kVirtualLanes / kPart;
-  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
+  using Part = typename Doubles<kPart<V>>::Value;
+  static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
+  // How many pairs fit beside their inputs.
   static constexpr int kSide = V::width == 16 ? 4 : V::width == 8 ? 2 : 1;
+  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
 
  public:
   // Adds the products of `count` elements, of which the first belongs to lane 0, to `lanes`: kVirtualLanes
@@ -46,8 +67,8 @@ class GramKernel {
     }
   }
 
- private:
-  // Elements as doubles, zeros after the last: a zero added to a sum that started at +0 changes no bit.
+  // Elements [at, at + n) as doubles, up to a multiple of kVirtualLanes, zeros after the last: a zero added to
+  // a sum that started at +0 changes no bit.
   PM_HD static void widened(const void* base, const void* input, int64_t at, int n, double* to) {
     const Raw* b = base ? static_cast<const Raw*>(base) + at : nullptr;
     const Raw* x = static_cast<const Raw*>(input) + at;
@@ -63,6 +84,7 @@ class GramKernel {
     for (; first % kVirtualLanes; ++first) to[first] = 0;
   }
 
+ private:
   PM_HD static void group(const Raw* base, const Raw* input, double* to) {
     V v[kGroup], b[kGroup];
     load_group<true>(T{}, input, v);

@@ -11,41 +11,24 @@ struct RowSums {
   double most_base, most, sum_base, sum;
 };
 
-// As many doubles as one register holds. Spelled out, as an attribute must not depend on a template's
-// argument.
-template <int width>
-struct Doubles;
-template <>
-struct Doubles<2> {
-  typedef double Value __attribute__((vector_size(16)));
-  typedef int64_t Bits __attribute__((vector_size(16)));
-};
-template <>
-struct Doubles<4> {
-  typedef double Value __attribute__((vector_size(32)));
-  typedef int64_t Bits __attribute__((vector_size(32)));
-};
-template <>
-struct Doubles<8> {
-  typedef double Value __attribute__((vector_size(64)));
-  typedef int64_t Bits __attribute__((vector_size(64)));
-};
-
 template <class V, class T>
 class ScoreKernel {
   using Work = typename T::Work;
   using Raw = typename T::Raw;
+  using Bits = typename WorkTraits<Work>::Bits;
+  using Gram = GramKernel<V, T>;
   static constexpr int kElements = V::width * kGroup;
   static constexpr int kChunk = 256;
   static_assert(kChunk % kVirtualLanes == 0 && kChunk % kElements == 0);
 
-  static constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+  static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
   using Part = typename Doubles<kPart>::Value;
   using PartBits = typename Doubles<kPart>::Bits;
 
  public:
-  // The variance of the experts' task vectors, over experts and not one less. `scratch`: map_scratch_bytes().
-  static void variance(const MapBlock<Work>& b, int experts, Work* score, void* scratch) {
+  // The variance of the experts' task vectors, over experts and not one less, as keys. `scratch`:
+  // map_scratch_bytes().
+  static void variance(const MapBlock<Work>& b, int experts, Bits* score, void* scratch) {
     V* deltas = static_cast<V*>(scratch);
     const V count = V::set(Work(experts));
     for (int64_t at = 0; at < b.count; at += kElements) {
@@ -67,97 +50,115 @@ class ScoreKernel {
           spread[g] = spread[g] + off * off;
         }
       for (int g = 0; g < kGroup; ++g) spread[g] = spread[g] / count;
-      store(spread, n, score + at);
+      StatsKernel<V, T>::store_keys(spread, n, score + at);
     }
   }
 
-  // |d| times its row's factor.
-  static void importance(const MapBlock<Work>& b, Work row, Work* score) {
+  // |d| times its row's factor, as keys.
+  static void importance(const MapBlock<Work>& b, Work row, Bits* score) {
     StatsKernel<V, T>::each_group(b.base, b.expert[0], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
       V weighed[kGroup];
       for (int g = 0; g < kGroup; ++g) weighed[g] = flip_sign(d[g], sign_bit(d[g])) * V::set(row);
-      store(weighed, n, score + at);
+      StatsKernel<V, T>::store_keys(weighed, n, score + at);
     });
   }
 
+  // The largest element, NaN where there is one.
   static double most(const void* input, int64_t count) {
-    double most = -__builtin_inf();
-    each_chunk(input, count, [&](const double* x, int64_t, int n) {
-      for (int j = 0; j < n; ++j) most = x[j] > most || x[j] != x[j] ? x[j] : most;
-    });
-    return most;
+    Part most[kParts];
+    for (Part& part : most) part = Part{} - __builtin_inf();
+    double x[kChunk], last = -__builtin_inf();
+    auto larger = [](double a, double b) { return b > a || b != b ? b : a; };
+    for (int64_t at = 0; at < count; at += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at)), whole = n / kVirtualLanes * kVirtualLanes;
+      Gram::widened(nullptr, input, at, n, x);
+      for (int j = 0; j < whole; j += kVirtualLanes)
+        for (int p = 0; p < kParts; ++p) {
+          Part v;
+          memcpy(&v, x + j + p * kPart, sizeof v);
+          most[p] = v > most[p] ? v : most[p];
+          most[p] = v != v ? v : most[p];
+        }
+      for (int j = whole; j < n; ++j) last = larger(last, x[j]);
+    }
+    double line[kVirtualLanes];
+    memcpy(line, most, sizeof line);
+    for (double value : line) last = larger(last, value);
+    return last;
   }
 
-  // Adds exp(x - most) to the virtual lanes; the first element belongs to lane 0.
-  static void exponentials(const void* input, int64_t count, double most, double* lanes) {
-    each_chunk(input, count, [&](double* x, int64_t, int n) {
-      exponentials_of(x, most);
-      add(x, n, lanes);
-    });
+  // Adds exp(x - most) to the virtual lanes, and leaves them in `to`, which has room up to a multiple of
+  // kVirtualLanes; the first element belongs to lane 0.
+  static void exponentials(const void* input, int64_t count, double most, double* lanes, double* to) {
+    Part sum[kParts];
+    memcpy(sum, lanes, sizeof sum);
+    for (int64_t at = 0; at < count; at += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at));
+      Gram::widened(nullptr, input, at, n, to + at);
+      each_sixteen(n, sum, [&](int j, Part* term) {
+        for (int p = 0; p < kParts; ++p) {
+          double* x = to + at + j + p * kPart;
+          memcpy(&term[p], x, sizeof term[p]);
+          term[p] = softmax_exp<Part, PartBits>(term[p] - most);
+          memcpy(x, &term[p], sizeof term[p]);
+        }
+      });
+    }
+    memcpy(lanes, sum, sizeof sum);
   }
 
-  // Adds the terms of the divergence to the virtual lanes.
-  static void divergence(const void* base, const void* input, int64_t count, const RowSums& row,
+  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows.
+  static void divergence(const double* base, const double* input, int64_t count, const RowSums& row,
                          double* lanes) {
-    double origin[kChunk];
-    each_chunk(input, count, [&](double* x, int64_t at, int n) {
-      widened(raw(base) + at, n, origin);
-      exponentials_of(x, row.most);
-      exponentials_of(origin, row.most_base);
-      for (int j = 0; j < kChunk; j += kPart) {
+    Part sum[kParts];
+    memcpy(sum, lanes, sizeof sum);
+    each_sixteen(count, sum, [&](int64_t j, Part* term) {
+      for (int p = 0; p < kParts; ++p) {
         Part a, b;
-        memcpy(&a, x + j, sizeof a);
-        memcpy(&b, origin + j, sizeof b);
-        a = divergence_term<Part, PartBits>(a, Part{} + row.sum, b, Part{} + row.sum_base);
-        memcpy(x + j, &a, sizeof a);
+        memcpy(&a, input + j + p * kPart, sizeof a);
+        memcpy(&b, base + j + p * kPart, sizeof b);
+        term[p] = divergence_term<Part, PartBits>(a, Part{} + row.sum, b, Part{} + row.sum_base);
       }
-      add(x, n, lanes);
     });
+    memcpy(lanes, sum, sizeof sum);
+  }
+
+  // One bit for each key that reaches `least`; bits past `count` are anything. There is room for a group of
+  // keys more.
+  static void reach(const Bits* keys, int64_t count, Bits least, uint64_t* bits) {
+    using Stored = std::conditional_t<sizeof(Bits) == 4, F32, F64>;
+    for (int64_t at = 0; at < count; at += 64) {
+      uint64_t word = 0;
+      for (int part = 0; part < 64 && at + part < count; part += kElements) {
+        V v[kGroup];
+        typename V::Mask mask[kGroup];
+        load_group<true>(Stored{}, keys + at + part, v);
+        for (int g = 0; g < kGroup; ++g) mask[g] = trim_magnitude(v[g], least);
+        word |= first_bits(group_bits<true, V>(Stored{}, mask), kElements) << part;
+      }
+      bits[at / 64] = word;
+    }
   }
 
  private:
   static const Raw* raw(const void* p) { return static_cast<const Raw*>(p); }
 
-  static void store(const V (&v)[kGroup], int n, Work* to) {
-    if (n == kElements) {
-      memcpy(to, v, sizeof v);
-      return;
-    }
-    Work line[kElements];
-    memcpy(line, v, sizeof v);
-    std::copy(line, line + n, to);
-  }
-
-  // body(doubles, first element, how many are there): whole chunks, zeros after the last element.
+  // body(first element, its terms) for every kVirtualLanes elements; adds up the terms of `count`.
   template <class F>
-  static void each_chunk(const void* input, int64_t count, F&& body) {
-    double x[kChunk];
-    for (int64_t at = 0; at < count; at += kChunk) {
-      const int n = int(std::min<int64_t>(kChunk, count - at));
-      widened(raw(input) + at, n, x);
-      body(x, at, n);
+  PM_HD static void each_sixteen(int64_t count, Part (&sum)[kParts], F&& body) {
+    Part term[kParts];
+    int64_t j = 0;
+    for (; j + kVirtualLanes <= count; j += kVirtualLanes) {
+      body(j, term);
+      for (int p = 0; p < kParts; ++p) sum[p] += term[p];
     }
-  }
-
-  static void widened(const Raw* input, int n, double* to) {
-    for (int j = 0; j < n; ++j) to[j] = double(widen(T{}, input[j]));
-    std::fill(to + n, to + kChunk, 0.0);
-  }
-
-  static void exponentials_of(double* x, double most) {
-    for (int j = 0; j < kChunk; j += kPart) {
-      Part v;
-      memcpy(&v, x + j, sizeof v);
-      v = softmax_exp<Part, PartBits>(v - most);
-      memcpy(x + j, &v, sizeof v);
-    }
-  }
-
-  static void add(const double* x, int n, double* lanes) {
-    int j = 0;
-    for (; j + kVirtualLanes <= n; j += kVirtualLanes)
-      for (int lane = 0; lane < kVirtualLanes; ++lane) lanes[lane] += x[j + lane];
-    for (int lane = 0; j < n; ++j, ++lane) lanes[lane] += x[j];
+    if (j == count) return;
+    body(j, term);
+    double line[kVirtualLanes];
+    memcpy(line, term, sizeof line);
+    std::fill(line + (count - j), line + kVirtualLanes, 0.0);
+    memcpy(term, line, sizeof line);
+    for (int p = 0; p < kParts; ++p) sum[p] += term[p];
   }
 };
 

@@ -220,10 +220,10 @@ PM_HD uint64_t words_below(const uint32_t* words, uint32_t limit, Avx2) {
   return not_below ^ 0xffffffff;
 }
 PM_HD void spread_bits(uint64_t bits, Avx2, Avx2::Mask (&mask)[kGroup]) {
-  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i all = _mm256_set1_epi32(int(bits)), first = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (int g = 0; g < kGroup; ++g) {
-    const __m256i byte = _mm256_set1_epi32(int(bits >> (8 * g) & 0xff));
-    mask[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(byte, lane_bit), lane_bit));
+    const __m256i lane_bit = _mm256_slli_epi32(first, 8 * g);
+    mask[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(all, lane_bit), lane_bit));
   }
 }
 
