@@ -15,20 +15,32 @@ struct Doubles;
 template <>
 struct Doubles<2> {
   typedef double Value __attribute__((vector_size(16)));
+  typedef double Loose __attribute__((vector_size(16), aligned(8), may_alias));  // in memory
   typedef int64_t Bits __attribute__((vector_size(16)));
 };
 template <>
 struct Doubles<4> {
   typedef double Value __attribute__((vector_size(32)));
+  typedef double Loose __attribute__((vector_size(32), aligned(8), may_alias));  // in memory
   typedef int64_t Bits __attribute__((vector_size(32)));
 };
 template <>
 struct Doubles<8> {
   typedef double Value __attribute__((vector_size(64)));
+  typedef double Loose __attribute__((vector_size(64), aligned(8), may_alias));  // in memory
   typedef int64_t Bits __attribute__((vector_size(64)));
 };
 template <class V>
 constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+// Through a pointer and not by memcpy, which the compiler may do in halves: a load would wait for two stores.
+template <int width>
+PM_HD typename Doubles<width>::Value load_doubles(const double* p) {
+  return *reinterpret_cast<const typename Doubles<width>::Loose*>(p);
+}
+template <int width>
+PM_HD void store_doubles(typename Doubles<width>::Value v, double* p) {
+  *reinterpret_cast<typename Doubles<width>::Loose*>(p) = v;
+}
 
 // Pairs (i, j) with i <= j, row by row.
 constexpr int pair_count(int inputs) { return inputs * (inputs + 1) / 2; }
@@ -45,7 +57,6 @@ class GramKernel {
   static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
   // How many pairs fit beside their inputs.
   static constexpr int kSide = V::width == 16 ? 4 : V::width == 8 ? 2 : 1;
-  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
 
  public:
   // Adds the products of `count` elements, of which the first belongs to lane 0, to `lanes`: kVirtualLanes
@@ -92,15 +103,10 @@ class GramKernel {
       load_group<true>(T{}, base, b);
       for (int g = 0; g < kGroup; ++g) v[g] = v[g] - b[g];
     }
-    Work line[kElements];
-    memcpy(line, v, sizeof line);
+    Part wide[kElements / kPart];
+    widen_group(v, wide);
 #pragma GCC unroll 8
-    for (int j = 0; j < kElements; j += kPart) {
-      Narrow narrow;
-      memcpy(&narrow, line + j, sizeof narrow);
-      const Part wide = __builtin_convertvector(narrow, Part);
-      memcpy(to + j, &wide, sizeof wide);
-    }
+    for (int p = 0; p < kElements / kPart; ++p) store_doubles<kPart>(wide[p], to + p * kPart);
   }
 
   // kPairs products side by side: one alone would wait for its own additions.

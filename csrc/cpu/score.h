@@ -24,6 +24,7 @@ class ScoreKernel {
   static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
   using Part = typename Doubles<kPart>::Value;
   using PartBits = typename Doubles<kPart>::Bits;
+  static constexpr int kSide = std::min(kParts, 4);  // vectors side by side: 16 numbers, or 8
 
  public:
   // The variance of the experts' task vectors, over experts and not one less, as keys. `scratch`:
@@ -74,53 +75,55 @@ class ScoreKernel {
       Gram::widened(nullptr, input, at, n, x);
       for (int j = 0; j < whole; j += kVirtualLanes)
         for (int p = 0; p < kParts; ++p) {
-          Part v;
-          memcpy(&v, x + j + p * kPart, sizeof v);
+          const Part v = load_doubles<kPart>(x + j + p * kPart);
           most[p] = v > most[p] ? v : most[p];
           most[p] = v != v ? v : most[p];
         }
       for (int j = whole; j < n; ++j) last = larger(last, x[j]);
     }
-    double line[kVirtualLanes];
-    memcpy(line, most, sizeof line);
-    for (double value : line) last = larger(last, value);
+    for (const Part& part : most)
+      for (int j = 0; j < kPart; ++j) last = larger(last, part[j]);
     return last;
   }
 
-  // Adds exp(x - most) to the virtual lanes, and leaves them in `to`, which has room up to a multiple of
-  // kVirtualLanes; the first element belongs to lane 0.
+  // Adds exp(x - most) to the virtual lanes, of which the first element's is 0, and leaves them in `to`, which
+  // has room for a group more.
   static void exponentials(const void* input, int64_t count, double most, double* lanes, double* to) {
-    Part sum[kParts];
-    memcpy(sum, lanes, sizeof sum);
-    for (int64_t at = 0; at < count; at += kChunk) {
+    LaneSums<V> sum(lanes, 0);
+    for (int64_t at = 0; at < count; at += kChunk, to += kChunk) {
       const int n = int(std::min<int64_t>(kChunk, count - at));
-      Gram::widened(nullptr, input, at, n, to + at);
-      each_sixteen(n, sum, [&](int j, Part* term) {
-        for (int p = 0; p < kParts; ++p) {
-          double* x = to + at + j + p * kPart;
-          memcpy(&term[p], x, sizeof term[p]);
-          term[p] = softmax_exp<Part, PartBits>(term[p] - most);
-          memcpy(x, &term[p], sizeof term[p]);
-        }
-      });
+      Gram::widened(nullptr, input, at, n, to);
+      for (int j = 0; j < n; j += kSide * kPart) {
+        Part x[kSide];
+        for (int s = 0; s < kSide; ++s) x[s] = load_doubles<kPart>(to + j + s * kPart) - most;
+        softmax_exp<PartBits>(x);
+        for (int s = 0; s < kSide; ++s) store_doubles<kPart>(x[s], to + j + s * kPart);
+      }
+      sum.add(to, n);
     }
-    memcpy(lanes, sum, sizeof sum);
+    sum.store(lanes, 0);
   }
 
-  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows.
+  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows, which have room
+  // for a group more.
   static void divergence(const double* base, const double* input, int64_t count, const RowSums& row,
                          double* lanes) {
-    Part sum[kParts];
-    memcpy(sum, lanes, sizeof sum);
-    each_sixteen(count, sum, [&](int64_t j, Part* term) {
-      for (int p = 0; p < kParts; ++p) {
-        Part a, b;
-        memcpy(&a, input + j + p * kPart, sizeof a);
-        memcpy(&b, base + j + p * kPart, sizeof b);
-        term[p] = divergence_term<Part, PartBits>(a, Part{} + row.sum, b, Part{} + row.sum_base);
+    LaneSums<V> sum(lanes, 0);
+    double terms[kChunk];
+    for (int64_t at = 0; at < count; at += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at));
+      for (int j = 0; j < n; j += kSide * kPart) {
+        Part x[kSide], origin[kSide];
+        for (int s = 0; s < kSide; ++s) {
+          x[s] = load_doubles<kPart>(input + at + j + s * kPart);
+          origin[s] = load_doubles<kPart>(base + at + j + s * kPart);
+        }
+        divergence_terms<PartBits>(x, row.sum, origin, row.sum_base);
+        for (int s = 0; s < kSide; ++s) store_doubles<kPart>(x[s], terms + j + s * kPart);
       }
-    });
-    memcpy(lanes, sum, sizeof sum);
+      sum.add(terms, n);
+    }
+    sum.store(lanes, 0);
   }
 
   // One bit for each key that reaches `least`; bits past `count` are anything. There is room for a group of
@@ -142,24 +145,6 @@ class ScoreKernel {
 
  private:
   static const Raw* raw(const void* p) { return static_cast<const Raw*>(p); }
-
-  // body(first element, its terms) for every kVirtualLanes elements; adds up the terms of `count`.
-  template <class F>
-  PM_HD static void each_sixteen(int64_t count, Part (&sum)[kParts], F&& body) {
-    Part term[kParts];
-    int64_t j = 0;
-    for (; j + kVirtualLanes <= count; j += kVirtualLanes) {
-      body(j, term);
-      for (int p = 0; p < kParts; ++p) sum[p] += term[p];
-    }
-    if (j == count) return;
-    body(j, term);
-    double line[kVirtualLanes];
-    memcpy(line, term, sizeof line);
-    std::fill(line + (count - j), line + kVirtualLanes, 0.0);
-    memcpy(term, line, sizeof line);
-    for (int p = 0; p < kParts; ++p) sum[p] += term[p];
-  }
 };
 
 }  // namespace pm

@@ -25,24 +25,29 @@ PM_HD uint64_t first_bits(uint64_t bits, int n) { return n < 64 ? bits & ((1ull 
 // before to be stored.
 template <class V>
 class LaneSums {
-  using Work = typename V::Work;
   using Part = typename Doubles<kPart<V>>::Value;
-  static constexpr int kElements = V::width * kGroup, kPart = pm::kPart<V>;
-  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
+  static constexpr int kElements = V::width * kGroup, kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
 
  public:
   // The first element belongs to lane `offset` % kVirtualLanes.
   PM_HD LaneSums(const double* lanes, int64_t offset) {
     double line[kVirtualLanes];
     for (int j = 0; j < kVirtualLanes; ++j) line[j] = lanes[(offset + j) % kVirtualLanes];
-    memcpy(sum_, line, sizeof sum_);
+    for (int p = 0; p < kParts; ++p) sum_[p] = load_doubles<kPart>(line + p * kPart);
   }
   PM_HD void store(double* lanes, int64_t offset) const {
     double line[kVirtualLanes];
-    memcpy(line, sum_, sizeof sum_);
+    for (int p = 0; p < kParts; ++p) store_doubles<kPart>(sum_[p], line + p * kPart);
     for (int j = 0; j < kVirtualLanes; ++j) lanes[(offset + j) % kVirtualLanes] = line[j];
   }
 
+  // Adds `count` numbers.
+  PM_HD void add(const double* x, int64_t count) {
+    int64_t j = 0;
+    for (; j + kVirtualLanes <= count; j += kVirtualLanes)
+      for (int p = 0; p < kParts; ++p) sum_[p] += load_doubles<kPart>(x + j + p * kPart);
+    for (int lane = 0; j < count; ++j, ++lane) sum_[lane / kPart][lane % kPart] += x[j];
+  }
   // Adds a group whose first element is number `at`; zeros change nothing.
   PM_HD void add(const V (&v)[kGroup], int64_t at) {
     add_parts<false>(v, at);
@@ -54,19 +59,15 @@ class LaneSums {
  private:
   template <bool kSquare>
   PM_HD void add_parts(const V (&v)[kGroup], int64_t at) {
-    Work line[kElements];
-    memcpy(line, v, sizeof line);
+    Part wide[kElements / kPart];
+    widen_group(v, wide);
     const int lane = kElements % kVirtualLanes ? int(at % kVirtualLanes) : 0;
-#pragma GCC unroll 32
-    for (int j = 0; j < kElements; j += kPart) {
-      Narrow narrow;
-      memcpy(&narrow, line + j, sizeof narrow);
-      const Part x = __builtin_convertvector(narrow, Part);
-      sum_[(lane + j) % kVirtualLanes / kPart] += kSquare ? x * x : x;
-    }
+#pragma GCC unroll 8
+    for (int p = 0; p < kElements / kPart; ++p)
+      sum_[(lane / kPart + p) % kParts] += kSquare ? wide[p] * wide[p] : wide[p];
   }
 
-  Part sum_[kVirtualLanes / kPart];
+  Part sum_[kParts];
 };
 
 template <class V, class T>

@@ -74,7 +74,7 @@ template <class Work>
 Work Scores<Work>::row_divergence(Worker& worker, int64_t start, int64_t width) const {
   const KernelSet<Work>& kernels = group_.kernels(view_);
   const bool loaded = width <= tile_;
-  const int64_t step = std::min(tile_, kReduceBlock), room = (loaded ? width : step) + kVirtualLanes;
+  const int64_t step = std::min(tile_, kReduceBlock), room = (loaded ? width : step) + kMaxGroup;
   auto* over_base = worker.scratch.template reserve_for<double>(size_t(2 * room));
   double* over_input = over_base + room;
   // Pieces that lie in one block of the sums each. body(base, input, first element, how many, sums to close)
