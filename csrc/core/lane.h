@@ -3,7 +3,7 @@
 // A lane type V offers: V::Work, V::Bits, V::Mask (with ^ and |=), V::width, V::set(x), V::none(),
 // V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign,
 // is_positive, is_zero, is_nan, larger, select, add_where, keep_where, tally_where, tallied; for whole groups
-// of kGroup vectors: load_group, store_group, element_mask, random_words, words_below, spread_bits,
+// of kGroup vectors: load_group, store_group, widen_group, element_mask, random_words, words_below, spread_bits,
 // pack_group. The formulas of trim.h, elect.h, combine.h and fuse.h are written over any such type.
 #pragma once
 #include "philox.h"
@@ -126,6 +126,12 @@ PM_HD bool store_group(T, typename T::Raw* p, const Scalar<W> (&v)[kGroup], bool
     nan |= is_nan(v[g]);
   }
   return nan;
+}
+
+// The elements of a group as doubles, in vectors of as many as a register holds.
+template <class W, class Doubles, int kParts>
+PM_HD void widen_group(const Scalar<W> (&v)[kGroup], Doubles (&to)[kParts]) {
+  for (int g = 0; g < kGroup; ++g) to[g / (kGroup / kParts)][g % (kGroup / kParts)] = double(v[g].x);
 }
 
 // Masks of a group travel as kGroup 16-bit fields; `element_mask` turns them into one bit per element.

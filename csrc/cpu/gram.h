@@ -8,6 +8,40 @@ constexpr int kVirtualLanes = 16;        // partial sums of a reduction, the sam
 constexpr int64_t kReduceBlock = 65536;  // elements that are summed before blocks are added in order
 constexpr int kGramChunk = 256;          // elements that are widened at a time: nine inputs stay in 18 KiB
 
+// As many doubles as one register holds. Spelled out, as an attribute must not depend on a template's
+// argument.
+template <int width>
+struct Doubles;
+template <>
+struct Doubles<2> {
+  typedef double Value __attribute__((vector_size(16)));
+  typedef double Loose __attribute__((vector_size(16), aligned(8), may_alias));  // in memory
+  typedef int64_t Bits __attribute__((vector_size(16)));
+};
+template <>
+struct Doubles<4> {
+  typedef double Value __attribute__((vector_size(32)));
+  typedef double Loose __attribute__((vector_size(32), aligned(8), may_alias));  // in memory
+  typedef int64_t Bits __attribute__((vector_size(32)));
+};
+template <>
+struct Doubles<8> {
+  typedef double Value __attribute__((vector_size(64)));
+  typedef double Loose __attribute__((vector_size(64), aligned(8), may_alias));  // in memory
+  typedef int64_t Bits __attribute__((vector_size(64)));
+};
+template <class V>
+constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+// Through a pointer and not by memcpy, which the compiler may do in halves: a load would wait for two stores.
+template <int width>
+PM_HD typename Doubles<width>::Value load_doubles(const double* p) {
+  return *reinterpret_cast<const typename Doubles<width>::Loose*>(p);
+}
+template <int width>
+PM_HD void store_doubles(typename Doubles<width>::Value v, double* p) {
+  *reinterpret_cast<typename Doubles<width>::Loose*>(p) = v;
+}
+
 // Pairs (i, j) with i <= j, row by row.
 constexpr int pair_count(int inputs) { return inputs * (inputs + 1) / 2; }
 constexpr size_t gram_scratch(int inputs) { return size_t(inputs) * kGramChunk; }
@@ -19,11 +53,9 @@ class GramKernel {
   static constexpr int kElements = V::width * kGroup;
   static_assert(kGramChunk % kMaxGroup == 0);
 
-  // As many of the virtual lanes as one register holds, and how many pairs fit beside their inputs.
-  static constexpr int kBytes = V::width == 16 ? 64 : V::width == 8 ? 32 : 16;
-  typedef double Part __attribute__((vector_size(kBytes)));
-  static constexpr int kPart = kBytes / 8, kParts = kVirtualLanes / kPart;
-  typedef Work Narrow __attribute__((vector_size(kPart * sizeof(Work))));
+  using Part = typename Doubles<kPart<V>>::Value;
+  static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
+  // How many pairs fit beside their inputs.
   static constexpr int kSide = V::width == 16 ? 4 : V::width == 8 ? 2 : 1;
 
  public:
@@ -46,8 +78,8 @@ class GramKernel {
     }
   }
 
- private:
-  // Elements as doubles, zeros after the last: a zero added to a sum that started at +0 changes no bit.
+  // Elements [at, at + n) as doubles, up to a multiple of kVirtualLanes, zeros after the last: a zero added to
+  // a sum that started at +0 changes no bit.
   PM_HD static void widened(const void* base, const void* input, int64_t at, int n, double* to) {
     const Raw* b = base ? static_cast<const Raw*>(base) + at : nullptr;
     const Raw* x = static_cast<const Raw*>(input) + at;
@@ -63,6 +95,7 @@ class GramKernel {
     for (; first % kVirtualLanes; ++first) to[first] = 0;
   }
 
+ private:
   PM_HD static void group(const Raw* base, const Raw* input, double* to) {
     V v[kGroup], b[kGroup];
     load_group<true>(T{}, input, v);
@@ -70,15 +103,10 @@ class GramKernel {
       load_group<true>(T{}, base, b);
       for (int g = 0; g < kGroup; ++g) v[g] = v[g] - b[g];
     }
-    Work line[kElements];
-    memcpy(line, v, sizeof line);
+    Part wide[kElements / kPart];
+    widen_group(v, wide);
 #pragma GCC unroll 8
-    for (int j = 0; j < kElements; j += kPart) {
-      Narrow narrow;
-      memcpy(&narrow, line + j, sizeof narrow);
-      const Part wide = __builtin_convertvector(narrow, Part);
-      memcpy(to + j, &wide, sizeof wide);
-    }
+    for (int p = 0; p < kElements / kPart; ++p) store_doubles<kPart>(wide[p], to + p * kPart);
   }
 
   // kPairs products side by side: one alone would wait for its own additions.

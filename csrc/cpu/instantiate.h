@@ -48,6 +48,7 @@ KernelSet<typename T::Work> make_kernel_set() {
   set.overlaps = FuseKernel<V, T, FuseOverlap<V>, false>::overlaps;
   set.variance = ScoreKernel<V, T>::variance;
   set.importance = ScoreKernel<V, T>::importance;
+  set.reach = ScoreKernel<V, T>::reach;
   set.most = ScoreKernel<V, T>::most;
   set.exponentials = ScoreKernel<V, T>::exponentials;
   set.divergence = ScoreKernel<V, T>::divergence;

@@ -35,11 +35,12 @@ struct KernelSet {
   MapFn<Work> fuse[kFuses], fuse_given[kFuses];  // by Fuse
   void (*overlaps)(const MapParams<Work>&, const MapBlock<Work>&, int64_t* alone, int64_t* shared,
                    void* scratch);
-  void (*variance)(const MapBlock<Work>&, int experts, Work* score, void* scratch);
-  void (*importance)(const MapBlock<Work>&, Work row, Work* score);
+  void (*variance)(const MapBlock<Work>&, int experts, Bits* score, void* scratch);
+  void (*importance)(const MapBlock<Work>&, Work row, Bits* score);
+  void (*reach)(const Bits* keys, int64_t count, Bits least, uint64_t* bits);
   double (*most)(const void* input, int64_t count);
-  void (*exponentials)(const void* input, int64_t count, double most, double* lanes);
-  void (*divergence)(const void* base, const void* input, int64_t count, const RowSums&, double* lanes);
+  void (*exponentials)(const void* input, int64_t count, double most, double* lanes, double* to);
+  void (*divergence)(const double* base, const double* input, int64_t count, const RowSums&, double* lanes);
   void (*gram)(const void* base, const void* const* input, int inputs, int64_t count, double* lanes,
                double* scratch);
 

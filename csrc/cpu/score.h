@@ -11,41 +11,25 @@ struct RowSums {
   double most_base, most, sum_base, sum;
 };
 
-// As many doubles as one register holds. Spelled out, as an attribute must not depend on a template's
-// argument.
-template <int width>
-struct Doubles;
-template <>
-struct Doubles<2> {
-  typedef double Value __attribute__((vector_size(16)));
-  typedef int64_t Bits __attribute__((vector_size(16)));
-};
-template <>
-struct Doubles<4> {
-  typedef double Value __attribute__((vector_size(32)));
-  typedef int64_t Bits __attribute__((vector_size(32)));
-};
-template <>
-struct Doubles<8> {
-  typedef double Value __attribute__((vector_size(64)));
-  typedef int64_t Bits __attribute__((vector_size(64)));
-};
-
 template <class V, class T>
 class ScoreKernel {
   using Work = typename T::Work;
   using Raw = typename T::Raw;
+  using Bits = typename WorkTraits<Work>::Bits;
+  using Gram = GramKernel<V, T>;
   static constexpr int kElements = V::width * kGroup;
   static constexpr int kChunk = 256;
   static_assert(kChunk % kVirtualLanes == 0 && kChunk % kElements == 0);
 
-  static constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+  static constexpr int kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
   using Part = typename Doubles<kPart>::Value;
   using PartBits = typename Doubles<kPart>::Bits;
+  static constexpr int kSide = std::min(kParts, 4);  // vectors side by side: 16 numbers, or 8
 
  public:
-  // The variance of the experts' task vectors, over experts and not one less. `scratch`: map_scratch_bytes().
-  static void variance(const MapBlock<Work>& b, int experts, Work* score, void* scratch) {
+  // The variance of the experts' task vectors, over experts and not one less, as keys. `scratch`:
+  // map_scratch_bytes().
+  static void variance(const MapBlock<Work>& b, int experts, Bits* score, void* scratch) {
     V* deltas = static_cast<V*>(scratch);
     const V count = V::set(Work(experts));
     for (int64_t at = 0; at < b.count; at += kElements) {
@@ -67,98 +51,100 @@ class ScoreKernel {
           spread[g] = spread[g] + off * off;
         }
       for (int g = 0; g < kGroup; ++g) spread[g] = spread[g] / count;
-      store(spread, n, score + at);
+      StatsKernel<V, T>::store_keys(spread, n, score + at);
     }
   }
 
-  // |d| times its row's factor.
-  static void importance(const MapBlock<Work>& b, Work row, Work* score) {
+  // |d| times its row's factor, as keys.
+  static void importance(const MapBlock<Work>& b, Work row, Bits* score) {
     StatsKernel<V, T>::each_group(b.base, b.expert[0], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
       V weighed[kGroup];
       for (int g = 0; g < kGroup; ++g) weighed[g] = flip_sign(d[g], sign_bit(d[g])) * V::set(row);
-      store(weighed, n, score + at);
+      StatsKernel<V, T>::store_keys(weighed, n, score + at);
     });
   }
 
+  // The largest element, NaN where there is one.
   static double most(const void* input, int64_t count) {
-    double most = -__builtin_inf();
-    each_chunk(input, count, [&](const double* x, int64_t, int n) {
-      for (int j = 0; j < n; ++j) most = x[j] > most || x[j] != x[j] ? x[j] : most;
-    });
-    return most;
+    Part most[kParts];
+    for (Part& part : most) part = Part{} - __builtin_inf();
+    double x[kChunk], last = -__builtin_inf();
+    auto larger = [](double a, double b) { return b > a || b != b ? b : a; };
+    for (int64_t at = 0; at < count; at += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at)), whole = n / kVirtualLanes * kVirtualLanes;
+      Gram::widened(nullptr, input, at, n, x);
+      for (int j = 0; j < whole; j += kVirtualLanes)
+        for (int p = 0; p < kParts; ++p) {
+          const Part v = load_doubles<kPart>(x + j + p * kPart);
+          most[p] = v > most[p] ? v : most[p];
+          most[p] = v != v ? v : most[p];
+        }
+      for (int j = whole; j < n; ++j) last = larger(last, x[j]);
+    }
+    for (const Part& part : most)
+      for (int j = 0; j < kPart; ++j) last = larger(last, part[j]);
+    return last;
   }
 
-  // Adds exp(x - most) to the virtual lanes; the first element belongs to lane 0.
-  static void exponentials(const void* input, int64_t count, double most, double* lanes) {
-    each_chunk(input, count, [&](double* x, int64_t, int n) {
-      exponentials_of(x, most);
-      add(x, n, lanes);
-    });
-  }
-
-  // Adds the terms of the divergence to the virtual lanes.
-  static void divergence(const void* base, const void* input, int64_t count, const RowSums& row,
-                         double* lanes) {
-    double origin[kChunk];
-    each_chunk(input, count, [&](double* x, int64_t at, int n) {
-      widened(raw(base) + at, n, origin);
-      exponentials_of(x, row.most);
-      exponentials_of(origin, row.most_base);
-      for (int j = 0; j < kChunk; j += kPart) {
-        Part a, b;
-        memcpy(&a, x + j, sizeof a);
-        memcpy(&b, origin + j, sizeof b);
-        a = divergence_term<Part, PartBits>(a, Part{} + row.sum, b, Part{} + row.sum_base);
-        memcpy(x + j, &a, sizeof a);
+  // Adds exp(x - most) to the virtual lanes, of which the first element's is 0, and leaves them in `to`, which
+  // has room for a group more.
+  static void exponentials(const void* input, int64_t count, double most, double* lanes, double* to) {
+    LaneSums<V> sum(lanes, 0);
+    for (int64_t at = 0; at < count; at += kChunk, to += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at));
+      Gram::widened(nullptr, input, at, n, to);
+      for (int j = 0; j < n; j += kSide * kPart) {
+        Part x[kSide];
+        for (int s = 0; s < kSide; ++s) x[s] = load_doubles<kPart>(to + j + s * kPart) - most;
+        softmax_exp<PartBits>(x);
+        for (int s = 0; s < kSide; ++s) store_doubles<kPart>(x[s], to + j + s * kPart);
       }
-      add(x, n, lanes);
-    });
+      sum.add(to, n);
+    }
+    sum.store(lanes, 0);
+  }
+
+  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows, which have room
+  // for a group more.
+  static void divergence(const double* base, const double* input, int64_t count, const RowSums& row,
+                         double* lanes) {
+    LaneSums<V> sum(lanes, 0);
+    double terms[kChunk];
+    for (int64_t at = 0; at < count; at += kChunk) {
+      const int n = int(std::min<int64_t>(kChunk, count - at));
+      for (int j = 0; j < n; j += kSide * kPart) {
+        Part x[kSide], origin[kSide];
+        for (int s = 0; s < kSide; ++s) {
+          x[s] = load_doubles<kPart>(input + at + j + s * kPart);
+          origin[s] = load_doubles<kPart>(base + at + j + s * kPart);
+        }
+        divergence_terms<PartBits>(x, row.sum, origin, row.sum_base);
+        for (int s = 0; s < kSide; ++s) store_doubles<kPart>(x[s], terms + j + s * kPart);
+      }
+      sum.add(terms, n);
+    }
+    sum.store(lanes, 0);
+  }
+
+  // One bit for each key that reaches `least`; bits past `count` are anything. There is room for a group of
+  // keys more.
+  static void reach(const Bits* keys, int64_t count, Bits least, uint64_t* bits) {
+    using Stored = std::conditional_t<sizeof(Bits) == 4, F32, F64>;
+    for (int64_t at = 0; at < count; at += 64) {
+      uint64_t word = 0;
+      for (int part = 0; part < 64 && at + part < count; part += kElements) {
+        V v[kGroup];
+        typename V::Mask mask[kGroup];
+        load_group<true>(Stored{}, keys + at + part, v);
+        for (int g = 0; g < kGroup; ++g) mask[g] = trim_magnitude(v[g], least);
+        word |= first_bits(group_bits<true, V>(Stored{}, mask), kElements) << part;
+      }
+      bits[at / 64] = word;
+    }
   }
 
  private:
   static const Raw* raw(const void* p) { return static_cast<const Raw*>(p); }
-
-  static void store(const V (&v)[kGroup], int n, Work* to) {
-    if (n == kElements) {
-      memcpy(to, v, sizeof v);
-      return;
-    }
-    Work line[kElements];
-    memcpy(line, v, sizeof v);
-    std::copy(line, line + n, to);
-  }
-
-  // body(doubles, first element, how many are there): whole chunks, zeros after the last element.
-  template <class F>
-  static void each_chunk(const void* input, int64_t count, F&& body) {
-    double x[kChunk];
-    for (int64_t at = 0; at < count; at += kChunk) {
-      const int n = int(std::min<int64_t>(kChunk, count - at));
-      widened(raw(input) + at, n, x);
-      body(x, at, n);
-    }
-  }
-
-  static void widened(const Raw* input, int n, double* to) {
-    for (int j = 0; j < n; ++j) to[j] = double(widen(T{}, input[j]));
-    std::fill(to + n, to + kChunk, 0.0);
-  }
-
-  static void exponentials_of(double* x, double most) {
-    for (int j = 0; j < kChunk; j += kPart) {
-      Part v;
-      memcpy(&v, x + j, sizeof v);
-      v = softmax_exp<Part, PartBits>(v - most);
-      memcpy(x + j, &v, sizeof v);
-    }
-  }
-
-  static void add(const double* x, int n, double* lanes) {
-    int j = 0;
-    for (; j + kVirtualLanes <= n; j += kVirtualLanes)
-      for (int lane = 0; lane < kVirtualLanes; ++lane) lanes[lane] += x[j + lane];
-    for (int lane = 0; j < n; ++j, ++lane) lanes[lane] += x[j];
-  }
 };
 
 }  // namespace pm

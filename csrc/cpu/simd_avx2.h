@@ -114,6 +114,15 @@ PM_HD void load_group(F32, const uint32_t* p, Avx2 (&v)[kGroup]) {
   for (int g = 0; g < kGroup; ++g) v[g] = {_mm256_loadu_ps(reinterpret_cast<const float*>(p + 8 * g))};
 }
 
+// Spelled out: the compiler would convert a vector of four in two halves.
+template <class Doubles>
+PM_HD void widen_group(const Avx2 (&v)[kGroup], Doubles (&to)[2 * kGroup]) {
+  for (int g = 0; g < kGroup; ++g) {
+    to[2 * g] = _mm256_cvtps_pd(_mm256_castps256_ps128(v[g].x));
+    to[2 * g + 1] = _mm256_cvtps_pd(_mm256_extractf128_ps(v[g].x, 1));
+  }
+}
+
 PM_HD __m256i round_bf16(Avx2 a, Avx2::Mask nan) {
   const __m256i u = bits_of(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -220,10 +229,10 @@ PM_HD uint64_t words_below(const uint32_t* words, uint32_t limit, Avx2) {
   return not_below ^ 0xffffffff;
 }
 PM_HD void spread_bits(uint64_t bits, Avx2, Avx2::Mask (&mask)[kGroup]) {
-  const __m256i lane_bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i all = _mm256_set1_epi32(int(bits)), first = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   for (int g = 0; g < kGroup; ++g) {
-    const __m256i byte = _mm256_set1_epi32(int(bits >> (8 * g) & 0xff));
-    mask[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(byte, lane_bit), lane_bit));
+    const __m256i lane_bit = _mm256_slli_epi32(first, 8 * g);
+    mask[g] = as_mask(_mm256_cmpeq_epi32(_mm256_and_si256(all, lane_bit), lane_bit));
   }
 }
 

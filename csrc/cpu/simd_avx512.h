@@ -112,6 +112,14 @@ PM_HD void load_group(F32, const uint32_t* p, Avx512 (&v)[kGroup]) {
 }
 
 // Adds what rounds the upper half to nearest even; the caller takes the upper half.
+template <class Doubles>
+PM_HD void widen_group(const Avx512 (&v)[kGroup], Doubles (&to)[2 * kGroup]) {
+  for (int g = 0; g < kGroup; ++g) {
+    to[2 * g] = _mm512_cvtps_pd(_mm512_castps512_ps256(v[g].x));
+    to[2 * g + 1] = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v[g].x, 1));
+  }
+}
+
 PM_HD __m512i round_bf16(Avx512 a, __mmask16 nan) {
   const __m512i u = bits_of(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

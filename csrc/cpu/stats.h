@@ -21,6 +21,55 @@ struct OpenKeys {
 // The lowest `n` bits, of a group or less.
 PM_HD uint64_t first_bits(uint64_t bits, int n) { return n < 64 ? bits & ((1ull << n) - 1) : bits; }
 
+// One sum's virtual lanes, in registers while a kernel runs: in memory every addition would wait for the one
+// before to be stored.
+template <class V>
+class LaneSums {
+  using Part = typename Doubles<kPart<V>>::Value;
+  static constexpr int kElements = V::width * kGroup, kPart = pm::kPart<V>, kParts = kVirtualLanes / kPart;
+
+ public:
+  // The first element belongs to lane `offset` % kVirtualLanes.
+  PM_HD LaneSums(const double* lanes, int64_t offset) {
+    double line[kVirtualLanes];
+    for (int j = 0; j < kVirtualLanes; ++j) line[j] = lanes[(offset + j) % kVirtualLanes];
+    for (int p = 0; p < kParts; ++p) sum_[p] = load_doubles<kPart>(line + p * kPart);
+  }
+  PM_HD void store(double* lanes, int64_t offset) const {
+    double line[kVirtualLanes];
+    for (int p = 0; p < kParts; ++p) store_doubles<kPart>(sum_[p], line + p * kPart);
+    for (int j = 0; j < kVirtualLanes; ++j) lanes[(offset + j) % kVirtualLanes] = line[j];
+  }
+
+  // Adds `count` numbers.
+  PM_HD void add(const double* x, int64_t count) {
+    int64_t j = 0;
+    for (; j + kVirtualLanes <= count; j += kVirtualLanes)
+      for (int p = 0; p < kParts; ++p) sum_[p] += load_doubles<kPart>(x + j + p * kPart);
+    for (int lane = 0; j < count; ++j, ++lane) sum_[lane / kPart][lane % kPart] += x[j];
+  }
+  // Adds a group whose first element is number `at`; zeros change nothing.
+  PM_HD void add(const V (&v)[kGroup], int64_t at) {
+    add_parts<false>(v, at);
+  }
+  PM_HD void add_squares(const V (&v)[kGroup], int64_t at) {
+    add_parts<true>(v, at);
+  }
+
+ private:
+  template <bool kSquare>
+  PM_HD void add_parts(const V (&v)[kGroup], int64_t at) {
+    Part wide[kElements / kPart];
+    widen_group(v, wide);
+    const int lane = kElements % kVirtualLanes ? int(at % kVirtualLanes) : 0;
+#pragma GCC unroll 8
+    for (int p = 0; p < kElements / kPart; ++p)
+      sum_[(lane / kPart + p) % kParts] += kSquare ? wide[p] * wide[p] : wide[p];
+  }
+
+  Part sum_[kParts];
+};
+
 template <class V, class T>
 class StatsKernel {
   using Work = typename T::Work;
@@ -31,7 +80,7 @@ class StatsKernel {
  public:
   // body(task vectors of a group, its first element, how many of its elements are there).
   template <class F>
-  static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
+  PM_HD static void each_group(const void* base, const void* expert, int64_t count, F&& body) {
     const Raw *b = static_cast<const Raw*>(base), *x = static_cast<const Raw*>(expert);
     for (int64_t at = 0; at < count; at += kElements) {
       const int n = int(std::min<int64_t>(kElements, count - at));
@@ -51,11 +100,8 @@ class StatsKernel {
 
   // key[i] = bits(|expert[i] - base[i]|) in element order.
   static void keys(const void* base, const void* expert, int64_t count, Bits* key) {
-    each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
-      Bits bits[kElements];
-      group_keys(d, bits);
-      std::copy(bits, bits + n, key + at);
-    });
+    each_group(base, expert, count,
+               [&](const V(&d)[kGroup], int64_t at, int n) { store_keys(d, n, key + at); });
   }
 
   // Appends key and position of every entry in [low, high); room for a group more is needed.
@@ -117,7 +163,8 @@ class StatsKernel {
 
   // Adds |d| and the kept |d| of expert k to the virtual lanes; `offset` is the place within the block.
   static void masses(const MapParams<Work>& p, const MapBlock<Work>& b, int k, int64_t offset, Masses* sums) {
-    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
+    LaneSums<V> all(sums->all, offset), kept(sums->kept, offset);
+    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int) {
       typename V::Mask keep[kGroup];
       if (b.mask)
         mask_group(b.mask[k], at, keep);
@@ -127,31 +174,39 @@ class StatsKernel {
           if (b.cuts > p.experts)
             keep[g] = trim_outliers(keep[g], trim_magnitude(d[g], b.keep_at[p.experts + k]));
         }
-      V kept[kGroup];
-      for (int g = 0; g < kGroup; ++g) kept[g] = keep_where(keep[g], d[g]);
-      Work all_value[kElements], kept_value[kElements];
-      group_magnitudes(d, all_value);
-      group_magnitudes(kept, kept_value);
-      add(all_value, n, offset + at, sums->all);
-      add(kept_value, n, offset + at, sums->kept);
+      V size[kGroup], kept_size[kGroup];
+      for (int g = 0; g < kGroup; ++g) {
+        size[g] = flip_sign(d[g], sign_bit(d[g]));
+        kept_size[g] = keep_where(keep[g], size[g]);
+      }
+      all.add(size, at);
+      kept.add(kept_size, at);
     });
+    all.store(sums->all, offset);
+    kept.store(sums->kept, offset);
   }
 
   // Adds the squares of the kept entries of expert k to the virtual lanes.
   static void energies(const MapBlock<Work>& b, int k, int64_t offset, double* lanes) {
-    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int n) {
+    LaneSums<V> sum(lanes, offset);
+    each_group(b.base, b.expert[k], b.count, [&](const V(&d)[kGroup], int64_t at, int) {
       typename V::Mask keep[kGroup];
-      if (b.mask) mask_group(b.mask[k], at, keep);
-      Work value[kElements];
-      for (int g = 0; g < kGroup; ++g) {
-        const V kept = b.mask ? keep_where(keep[g], d[g]) : d[g];
-        memcpy(value + g * V::width, &kept, sizeof kept);
-      }
-      for (int j = 0; j < n; ++j) {
-        const double entry = double(value[j]);
-        lanes[(offset + at + j) % kVirtualLanes] += entry * entry;
-      }
+      mask_group(b.mask ? b.mask[k] : nullptr, at, keep);
+      V kept[kGroup];
+      for (int g = 0; g < kGroup; ++g) kept[g] = keep_where(keep[g], d[g]);
+      sum.add_squares(kept, at);
     });
+    sum.store(lanes, offset);
+  }
+
+  // The keys of the first `n` of a group.
+  PM_HD static void store_keys(const V (&v)[kGroup], int n, Bits* to) {
+    Bits bits[kElements];
+    group_keys(v, bits);
+    if (n == kElements)
+      memcpy(to, bits, sizeof bits);
+    else
+      std::copy(bits, bits + n, to);
   }
 
  private:
@@ -169,26 +224,10 @@ class StatsKernel {
       reach_low[g] = trim_magnitude(d[g], low), reach_high[g] = trim_magnitude(d[g], high);
     return first_bits(group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high), n);
   }
-
   PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
     memcpy(bits, d, sizeof bits);
     for (int j = 0; j < kElements; ++j)
       bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
-  }
-  PM_HD static void group_magnitudes(const V (&d)[kGroup], Work (&value)[kElements]) {
-    for (int g = 0; g < kGroup; ++g) {
-      const V size = flip_sign(d[g], sign_bit(d[g]));
-      memcpy(value + g * V::width, &size, sizeof size);
-    }
-  }
-  PM_HD static void add(const Work (&value)[kElements], int n, int64_t offset, double* lanes) {
-    if (kElements % kVirtualLanes == 0 && n == kElements && offset % kVirtualLanes == 0) {
-      for (int j = 0; j < kElements; j += kVirtualLanes)
-        for (int lane = 0; lane < std::min(kVirtualLanes, kElements); ++lane)
-          lanes[lane] += double(value[j + lane]);
-    } else {
-      for (int j = 0; j < n; ++j) lanes[(offset + j) % kVirtualLanes] += double(value[j]);
-    }
   }
 };
 

@@ -1,6 +1,7 @@
 // Ranks among many keys, exactly: counting passes by digits until one value is left, then the place of its
 // ties.
 #pragma once
+#include <bit>
 #include <functional>
 #include <span>
 
@@ -13,6 +14,7 @@ namespace pm {
 struct RankSearch {
   int64_t rank;         // 1-based, descending, among keys that share the prefix
   uint64_t prefix = 0;  // the key's leading bits
+  int64_t sharing = 0;  // how many keys share the prefix
 };
 
 template <class Bits>
@@ -23,20 +25,29 @@ class DigitSearch {
   // Gives `body` the keys of piece `piece` for every search; with `same_keys` once, as those of search 0.
   using KeysOf = std::function<void(int member, int64_t piece, const Body& body)>;
 
-  DigitSearch(Crew& crew, int64_t pieces, std::vector<RankSearch> searches, KeysOf keys_of, bool same_keys)
+  // `size`: how many keys there are for a search.
+  DigitSearch(Crew& crew, int64_t pieces, int64_t size, size_t searches, KeysOf keys_of, bool same_keys)
       : crew_(crew),
         pieces_(pieces),
-        searches_(std::move(searches)),
+        searches_(searches),
         keys_of_(std::move(keys_of)),
-        same_keys_(same_keys) {}
+        same_keys_(same_keys),
+        widest_(same_keys ? std::clamp(int(std::bit_width(uint64_t(size))) - 1, kDigit, kWide) : kDigit) {}
 
-  // Finds the keys, as `prefix`; `rank` is what is left of it among keys equal to that.
-  const std::vector<RankSearch>& run() {
-    int shift = int(sizeof(Bits)) * 8 - 1;  // the sign bit is clear
-    while (shift > 0) {
-      const int digit = std::min(kDigit, shift);
-      shift -= digit;
-      settle_digit(shift, digit);
+  // The first pass over the keys, which needs no ranks yet: they may depend on what is seen in it.
+  void count() {
+    next_digit();
+    count_digits();
+  }
+
+  // Finds the keys of these ranks, as `prefix`; `rank` is what is left of it among the keys equal to that.
+  const std::vector<RankSearch>& run(const std::vector<int64_t>& ranks) {
+    for (size_t s = 0; s < searches_.size(); ++s) searches_[s].rank = ranks[s];
+    choose_digits();
+    while (shift_ > 0) {
+      next_digit();
+      count_digits();
+      choose_digits();
     }
     return searches_;
   }
@@ -73,43 +84,90 @@ class DigitSearch {
   // The searches that keys given to `first` are for.
   size_t end(size_t first) const { return same_keys_ ? searches_.size() : first + 1; }
 
-  static constexpr int kDigit = 11;  // bits settled per pass: 2,048 counters per search and worker
+  // Bits settled per pass. Searches among different keys have tables of their own, which together shall fit
+  // in the cache. Where all look through the same keys, the first digit is 16 bits of 31: two passes for
+  // three, and hardly any key is left for the second.
+  static constexpr int kDigit = 11, kWide = 16;
 
-  void settle_digit(int shift, int digit) {
-    const size_t bins = size_t(1) << digit;
-    std::vector<std::vector<int64_t>> tables(size_t(crew_.size()),
-                                             std::vector<int64_t>(bins * searches_.size()));
-    std::vector<size_t> owner(searches_.size());  // whose table: that of an equal search before
-    for (size_t s = 0; s < owner.size(); ++s)
-      owner[s] = same_keys_ && s > 0 && searches_[s].prefix == searches_[s - 1].prefix ? owner[s - 1] : s;
+  void next_digit() {
+    digit_ = std::min(widest_, shift_);
+    shift_ -= digit_;
+  }
+
+  // Two counters for each digit, for keys at even and odd places: one that is raised twice in a row waits
+  // for itself.
+  struct Counter {
+    int64_t count[2];
+  };
+
+  void count_digits() {
+    const size_t bins = size_t(1) << digit_;
+    tables_.assign(size_t(crew_.size()), std::vector<Counter>(bins * searches_.size()));
+    owner_.resize(searches_.size());
+    for (size_t s = 0; s < searches_.size(); ++s)
+      owner_[s] =
+          same_keys_ && s > 0 && searches_[s].prefix == searches_[s - 1].prefix ? owner_[s - 1] : s;
     crew_.each(pieces_, [&](int member, int64_t piece) {
       keys_of_(member, piece, [&](size_t first, std::span<const Bits> keys) {
-        for (size_t s = first; s < end(first); ++s) {
-          if (owner[s] != s) continue;
-          int64_t* table = &tables[size_t(member)][s * bins];
-          const uint64_t prefix = searches_[s].prefix >> digit >> shift;
-          for (uint64_t key : keys)
-            if (key >> digit >> shift == prefix) ++table[(key >> shift) & (bins - 1)];
-        }
+        for (size_t s = first; s < end(first); ++s)
+          if (owner_[s] == s) count_digits(keys, searches_[s].prefix, &tables_[size_t(member)][s * bins]);
       });
     });
+  }
+
+  void count_digits(std::span<const Bits> keys, uint64_t prefix, Counter* table) const {
+    const Bits digits = Bits((Bits(1) << digit_) - 1);
+    const int shift = shift_, shared = shift_ + digit_;
+    auto count = [&](const Bits* key, size_t size) {
+      for (size_t i = 0; i < size; ++i) ++table[(key[i] >> shift) & digits].count[i & 1];
+    };
+    if (shared == kBits) return count(keys.data(), keys.size());
+    constexpr size_t kBlock = 64;
+    Bits same[kBlock];
+    for (size_t at = 0; at < keys.size(); at += kBlock) {
+      const std::span<const Bits> block = keys.subspan(at, std::min(kBlock, keys.size() - at));
+      Bits any = 0;
+      for (Bits key : block) any |= Bits((key >> shared) == Bits(prefix >> shared));
+      if (!any) continue;
+      size_t size = 0;
+      for (Bits key : block) {  // without a branch: which it takes is as good as random
+        same[size] = key;
+        size += (key >> shared) == Bits(prefix >> shared);
+      }
+      count(same, size);
+    }
+  }
+
+  // Moves each search into the digit that its rank lies in.
+  void choose_digits() {
+    const size_t bins = size_t(1) << digit_;
     for (size_t s = 0; s < searches_.size(); ++s) {
       auto total = [&](size_t bin) {
         int64_t sum = 0;
-        for (const auto& table : tables) sum += table[owner[s] * bins + bin];
+        for (const auto& table : tables_) {
+          const Counter& counter = table[owner_[s] * bins + bin];
+          sum += counter.count[0] + counter.count[1];
+        }
         return sum;
       };
       size_t bin = bins - 1;
       for (int64_t here; (here = total(bin)) < searches_[s].rank; --bin) searches_[s].rank -= here;
-      searches_[s].prefix |= uint64_t(bin) << shift;
+      searches_[s].prefix |= uint64_t(bin) << shift_;
+      searches_[s].sharing = total(bin);
     }
   }
+
+  static constexpr int kBits = int(sizeof(Bits)) * 8 - 1;  // the sign bit is clear
 
   Crew& crew_;
   int64_t pieces_;
   std::vector<RankSearch> searches_;
   KeysOf keys_of_;
   bool same_keys_;
+  int widest_, digit_ = 0;                    // bits of a digit: at most, and of the one at hand
+  int shift_ = kBits;                         // bits below the digit at hand
+  std::vector<std::vector<Counter>> tables_;  // of each member: of each search
+  std::vector<size_t> owner_;                 // whose table a search has: that of an equal one before
 };
 
 }  // namespace pm

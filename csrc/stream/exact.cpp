@@ -8,12 +8,12 @@ template <class Work>
 std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew) {
   using Bits = typename WorkTraits<Work>::Bits;
   std::vector<Cut> cuts(size_t(group.cuts()), Cut::keep_all());
-  std::vector<RankSearch> searches;
+  std::vector<int64_t> ranks;
   std::vector<int> cut_of;
   for (int cut = 0; cut < group.cuts(); ++cut) {
     if (group.rank(cut) == 0) cuts[size_t(cut)] = Cut::keep_none();
     if (group.rank(cut) <= 0) continue;
-    searches.push_back({group.rank(cut)});
+    ranks.push_back(group.rank(cut));
     cut_of.push_back(cut);
   }
   const int64_t tile = group.run().settings.tile;
@@ -29,8 +29,9 @@ std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew) {
       body(s, keys);
     }
   };
-  DigitSearch<Bits> search(crew, group.piece_count(tile), searches, keys_of, false);
-  const std::vector<RankSearch> found = search.run();
+  DigitSearch<Bits> search(crew, group.piece_count(tile), int64_t(group.size), ranks.size(), keys_of, false);
+  search.count();
+  const std::vector<RankSearch> found = search.run(ranks);
   for (size_t s = 0; s < found.size(); ++s) cuts[size_t(cut_of[s])] = {found[s].prefix, Cut::kAllIndices};
   if (group.rule().all_ties) return cuts;
   const auto places = search.places();

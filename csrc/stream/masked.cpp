@@ -69,6 +69,7 @@ class MaskedMerge {
             to[k] = sum_lanes(lanes);
           }
         });
+    if (masks_) masks_->all_made();
     double total = 0;
     for (double& mean : energy) total += mean /= double(view_.job().count);
     for (int k = 0; k < experts; ++k)

@@ -10,9 +10,9 @@ Masks<Work>::Masks(const Group<Work>& group, const JobView& view, Crew& crew)
   const Trim trim = group.rule().trim;
   if (trim == Trim::variance || trim == Trim::importance) {
     scores_ = std::make_unique<Scores<Work>>(group, view, crew);
-    return;
+    if (group.rule().fuse == Fuse::none) return;  // one reading more: the mask is needed once
   }
-  const int64_t bytes = words_ * 8 * group.experts();
+  const int64_t bytes = words_ * 8 * masks();
   if (bytes <= run_.settings.memory / int64_t(run_.workers.size()))
     kept_ = run_.workers[size_t(crew.size() - 1)].bitmaps.template reserve_for<uint64_t>(size_t(bytes / 8));
 }
@@ -34,18 +34,17 @@ typename Masks<Work>::Loaded Masks<Work>::load(Worker& worker, int64_t first, in
   view_.load(worker, from, to - from);
   const int experts = group_.experts();
   const int64_t words = (count + 63) / 64;
-  uint64_t* made = kept_ ? nullptr : worker.bitmaps.template reserve_for<uint64_t>(size_t(words * experts));
+  uint64_t* made = kept_ ? nullptr : worker.bitmaps.template reserve_for<uint64_t>(size_t(words * masks()));
+  auto bits_of = [&](int k) { return kept_ ? kept_ + k * words_ + first / 64 : made + k * words; };
   worker.mask.resize(size_t(experts));
   if (scored()) {
-    if (scores_->cut().magnitude || scores_->cut().index != Cut::kAllIndices)
-      compare(worker, first - from, first, count, made);
-    else
-      made = nullptr;
-    std::fill(worker.mask.begin(), worker.mask.end(), made);
+    const bool all = scores_->cut().magnitude == 0 && scores_->cut().index == Cut::kAllIndices;
+    if (!all && !made_) compare(worker, first - from, first, count, bits_of(0));
+    std::fill(worker.mask.begin(), worker.mask.end(), all ? nullptr : bits_of(0));
     return {first - from, worker.mask.data()};
   }
   for (int k = 0; k < experts; ++k) {
-    uint64_t* bits = kept_ ? kept_ + k * words_ + first / 64 : made + k * words;
+    uint64_t* bits = bits_of(k);
     worker.mask[size_t(k)] = whole(k) ? nullptr : bits;
     if (made_ || whole(k)) continue;
     ranked() ? draw_ranked(worker, k, first - from, first, count, bits) : draw(worker, k, first, count, bits);
@@ -95,10 +94,12 @@ void Masks<Work>::draw_ranked(Worker& worker, int k, int64_t at, int64_t first, 
 template <class Work>
 void Masks<Work>::compare(Worker& worker, int64_t at, int64_t first, int64_t count, uint64_t* to) const {
   const Bits* keys = scores_->keys(worker, at, first, count);
-  std::fill(to, to + (count + 63) / 64, 0);
   each_segment({{&scores_->cut(), 1}}, uint64_t(first), count, [&](int64_t begin, int64_t size) {
-    const Bits least = threshold_at<Work>(scores_->cut(), uint64_t(first + begin));
-    for (int64_t i = begin; i < begin + size; ++i) to[i / 64] |= uint64_t(keys[i] >= least) << (i % 64);
+    const int64_t word = begin / 64;
+    const uint64_t before = (1ull << (begin % 64)) - 1, made = before ? to[word] & before : 0;
+    group_.kernels(view_).reach(keys + word * 64, begin + size - word * 64,
+                                threshold_at<Work>(scores_->cut(), uint64_t(first + begin)), to + word);
+    to[word] = (to[word] & ~before) | made;
   });
 }
 

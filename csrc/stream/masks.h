@@ -34,6 +34,8 @@ class Masks {
   bool whole(int k) const { return group_.rule().density[size_t(k)] >= 1; }
   bool ranked() const { return group_.rule().trim == Trim::ranked; }
   bool scored() const { return scores_ != nullptr; }
+  // One mask for each expert, or one for all.
+  int masks() const { return scored() ? 1 : group_.experts(); }
   const DrawKernels& kernels() const { return isa_kernels(run_.settings.isa).draw; }
 
   const Group<Work>& group_;
@@ -41,7 +43,7 @@ class Masks {
   const JobView& view_;
   std::unique_ptr<Scores<Work>> scores_;
   int64_t words_;             // 64-bit words of a bitmap over the tensor
-  uint64_t* kept_ = nullptr;  // the bitmaps of all experts, if there is memory for them
+  uint64_t* kept_ = nullptr;  // the bitmaps of the whole tensor, if there is memory for them
   bool made_ = false;
 };
 

@@ -9,6 +9,15 @@ namespace pm {
 
 inline double sum_lanes(const double* lanes) { return std::accumulate(lanes, lanes + kVirtualLanes, 0.0); }
 
+// A sum over one row, in the order of all reductions: lanes over each block, then the blocks.
+struct RowSum {
+  double lanes[kVirtualLanes] = {}, total = 0;
+  void close_block() {
+    total += sum_lanes(lanes);
+    std::fill(lanes, lanes + kVirtualLanes, 0.0);
+  }
+};
+
 // body(member, first, count, to) adds up one block's `sums` sums, which start at zero.
 template <class F>
 std::vector<double> ordered_sums(Crew& crew, int64_t count, int sums, F&& body) {
