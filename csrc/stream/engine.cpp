@@ -68,7 +68,7 @@ void merge_family(RunContext& run, const Family& family, int64_t number, Crew& c
   if (held && first.views.size() == 1 && by_magnitude(first.rule().trim) && job.out.file != kInMemory)
     first.views[0].hold(held->reserve(size_t(job.count) * size_t(job.out.item)));
   variants.search(crew);
-  for (Group<Work>* group : variants.leaders()) merge_one(*group, crew);
+  variants.merge(crew, [&](Group<Work>& group) { merge_one(group, crew); });
   for (const JobView& view : first.views) {
     view.flush();
     if (run.settings.drop_behind) view.drop_behind();

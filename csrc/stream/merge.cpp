@@ -10,15 +10,63 @@ namespace pm {
 namespace {
 
 template <class Work>
+std::vector<TensorParams<Work>> params_of(const Group<Work>& group) {
+  std::vector<TensorParams<Work>> params;
+  params.reserve(group.views.size());
+  for (size_t t = 0; t < group.views.size(); ++t) params.emplace_back(group.rule());
+  return params;
+}
+
+// What a plain pass over one group needs; thresholds (if any) are final.
+template <class Work>
+struct MapTask {
+  const Group<Work>& group;
+  const std::vector<Cut>& cuts;
+  const std::vector<TensorParams<Work>>& params;
+};
+
+template <class Work>
+void map_piece(const MapTask<Work>& task, Worker& worker, const typename Group<Work>::Piece& piece) {
+  const Group<Work>& group = task.group;
+  const JobView& view = group.views[piece.tensor];
+  const TensorParams<Work>& params = task.params[piece.tensor];
+  void* out = view.result(worker.result, piece.first, piece.count);
+  FurtherResults<Work> further(group, worker, piece.tensor, piece.first, piece.count);
+  void* scratch = worker.scratch.reserve(map_scratch_bytes(group.experts()));
+  const uint64_t flat = group.flat(piece.tensor, piece.first);
+  const MapFn<Work> kernel = kernel_for(group, view, params, Collect::no);
+  std::vector<typename WorkTraits<Work>::Bits> keep;
+  each_segment({task.cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
+    thresholds_at<Work>(task.cuts, flat + uint64_t(begin), &keep);
+    MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
+    block.keep_at = keep.data();
+    further.attach(&block, begin);
+    group.count_nan(kernel(params.block, block, scratch));
+  });
+  view.store(worker, piece.first, piece.count, out);
+  further.store();
+}
+
+// Groups over the same inputs, each piece of which is read once for all of them.
+template <class Work>
+void map_groups(const std::vector<MapTask<Work>>& tasks, Crew& crew) {
+  const Group<Work>& first = tasks[0].group;
+  const int64_t tile = first.run().settings.tile;
+  const Rounds rounds = Rounds::in_order(first.piece_count(tile));
+  each_piece(first, crew, rounds, 0, tile, [&](int member, int64_t, const auto& piece) {
+    Worker& worker = first.run().workers[size_t(member)];
+    first.views[piece.tensor].load(worker, piece.first, piece.count);
+    for (const MapTask<Work>& task : tasks) map_piece(task, worker, piece);
+  });
+}
+
+template <class Work>
 class GroupMerge {
   using Bits = typename WorkTraits<Work>::Bits;
 
  public:
   GroupMerge(Group<Work>& group, Crew& crew)
-      : group_(group), run_(group.run()), rule_(group.rule()), crew_(crew) {
-    params_.reserve(group.views.size());
-    for (size_t t = 0; t < group.views.size(); ++t) params_.emplace_back(rule_);
-  }
+      : group_(group), run_(group.run()), rule_(group.rule()), crew_(crew), params_(params_of(group)) {}
 
   void merge() {
     if (!by_magnitude(rule_.trim) || !group_.trims()) return map({});
@@ -89,31 +137,7 @@ class GroupMerge {
     return cuts;
   }
 
-  // The plain pass: thresholds (if any) are final.
-  void map(const std::vector<Cut>& cuts) {
-    const int64_t tile = run_.settings.tile;
-    const Rounds rounds = Rounds::in_order(group_.piece_count(tile));
-    each_piece(group_, crew_, rounds, 0, tile, [&](int member, int64_t, const auto& piece) {
-      Worker& worker = run_.workers[size_t(member)];
-      const JobView& view = group_.views[piece.tensor];
-      view.load(worker, piece.first, piece.count);
-      void* out = view.result(worker.result, piece.first, piece.count);
-      FurtherResults<Work> further(group_, worker, piece.tensor, piece.first, piece.count);
-      void* scratch = worker.scratch.reserve(map_scratch_bytes(group_.experts()));
-      const uint64_t flat = group_.flat(piece.tensor, piece.first);
-      const MapFn<Work> kernel = kernel_for(group_, view, params_[piece.tensor], Collect::no);
-      std::vector<Bits> keep;
-      each_segment({cuts}, flat, piece.count, [&](int64_t begin, int64_t size) {
-        thresholds_at<Work>(cuts, flat + uint64_t(begin), &keep);
-        MapBlock<Work> block = block_at<Work>(worker, view, out, begin, size);
-        block.keep_at = keep.data();
-        further.attach(&block, begin);
-        group_.count_nan(kernel(params_[piece.tensor].block, block, scratch));
-      });
-      view.store(worker, piece.first, piece.count, out);
-      further.store();
-    });
-  }
+  void map(const std::vector<Cut>& cuts) { map_groups<Work>({{group_, cuts, params_}}, crew_); }
 
   Group<Work>& group_;
   RunContext& run_;
@@ -129,6 +153,20 @@ void merge_group(Group<Work>& group, Crew& crew) {
   GroupMerge<Work>(group, crew).merge();
 }
 
+template <class Work>
+void map_together(const std::vector<Group<Work>*>& groups, Crew& crew) {
+  std::vector<std::vector<TensorParams<Work>>> params;
+  std::vector<MapTask<Work>> tasks;
+  params.reserve(groups.size());
+  for (const Group<Work>* group : groups) {
+    params.push_back(params_of(*group));
+    tasks.push_back({*group, group->run().cuts[size_t(group->number)], params.back()});
+  }
+  map_groups(tasks, crew);
+}
+
+template void map_together(const std::vector<Group<float>*>&, Crew&);
+template void map_together(const std::vector<Group<double>*>&, Crew&);
 template void merge_group(Group<float>&, Crew&);
 template void merge_group(Group<double>&, Crew&);
 

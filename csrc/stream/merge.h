@@ -10,6 +10,11 @@ namespace pm {
 template <class Work>
 void merge_group(Group<Work>& group, Crew& crew);
 
+// Merges groups over the same inputs, read alike, in one reading: their cuts (if any) are known, and nothing
+// is rescaled.
+template <class Work>
+void map_together(const std::vector<Group<Work>*>& groups, Crew& crew);
+
 // Merges tensors whose trim is made as masks, or whose entries fuse by a formula of their own, one by one.
 template <class Work>
 void masked_group(const Group<Work>& group, Crew& crew);

@@ -30,7 +30,6 @@ class Variants {
   Variants(const Variants&) = delete;
 
   Group<Work>& first() { return groups_[0]; }
-  const std::vector<Group<Work>*>& leaders() const { return leaders_; }
 
   // Finds the cuts of all leaders together, where that is less work than one by one.
   void search(Crew& crew) {
@@ -42,14 +41,39 @@ class Variants {
     for (size_t i = 0; i < cuts.size(); ++i) wanting[i]->run().cuts[size_t(wanting[i]->number)] = cuts[i];
   }
 
+  // Merges those leaders together that need but one reading more, the others one by one: merge(leader).
+  template <class F>
+  void merge(Crew& crew, F&& merge_one) {
+    std::vector<Group<Work>*> together, others;
+    for (Group<Work>* group : leaders_)
+      (is_plain(*group) && reads_alike(*group, *leaders_[0]) ? together : others).push_back(group);
+    if (together.size() == 1) others.insert(others.begin(), together[0]);
+    if (together.size() > 1) map_together(together, crew);
+    for (Group<Work>* group : others) merge_one(*group);
+  }
+
  private:
   static bool follows(const Group<Work>& group, const Group<Work>& leader) {
     Rule rule = group.rule();
     rule.lambda = leader.rule().lambda;
     const bool shared = rule.base && rule.fuse == Fuse::none && rule.blend.kind == Blend::none;
-    const TensorJob &a = group.views[0].job(), &b = leader.views[0].job();
-    return shared && rule == leader.rule() && a.key == b.key &&
-           group.views[0].kernel_dtype() == leader.views[0].kernel_dtype();
+    return shared && rule == leader.rule() && group.views[0].job().key == leader.views[0].job().key &&
+           reads_alike(group, leader);
+  }
+  // Whether a tile that one has loaded serves the other.
+  static bool reads_alike(const Group<Work>& group, const Group<Work>& other) {
+    if (group.rule().base != other.rule().base) return false;
+    for (size_t t = 0; t < group.views.size(); ++t) {
+      const TensorJob &a = group.views[t].job(), &b = other.views[t].job();
+      if (a.has_cast != b.has_cast || a.cast != b.cast || a.out.dtype != b.out.dtype) return false;
+    }
+    return group.views[0].kernel_dtype() == other.views[0].kernel_dtype();
+  }
+  static bool is_plain(const Group<Work>& group) {
+    const Rule& rule = group.rule();
+    if (rule.blend.kind != Blend::none || rule.fuse != Fuse::none || by_mask(rule.trim) || rule.rescale)
+      return false;
+    return !by_magnitude(rule.trim) || !group.trims() || !group.run().cuts[size_t(group.number)].empty();
   }
   static bool is_searched(const Group<Work>& group) {
     return by_magnitude(group.rule().trim) && !group.rule().rescale && !group.is_small() &&
