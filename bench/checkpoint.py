@@ -2,6 +2,7 @@
 
     python -m bench.checkpoint --dir /dev/shm --mergekit VENV/bin/mergekit-yaml
     python -m bench.checkpoint --dir /dev/shm --mergekit VENV/bin/mergekit-yaml --methods all
+    python -m bench.checkpoint --mergekit VENV/bin/mergekit-yaml --pymerge-yaml VENV/bin/pymerge-yaml
     python -m bench.checkpoint --dir SOME/DISK --fsync
     python -m bench.checkpoint --linear-cost
 
@@ -33,7 +34,10 @@ RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
 IN_TORCH = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 ALL = "all"
 COST_EXPERTS = (2, 4, 8, 16)
-FLOOR, OURS, TORCH, MERGEKIT = "floor", "pymerge", "torch reference", "mergekit"
+# What the command pymerge-yaml is shown with.
+DROP_IN = ("ties", "dare_ties", "breadcrumbs_ties", "della", "linear")
+SETS = {ALL: tuple(SETUPS), "drop-in": DROP_IN}
+FLOOR, OURS, TORCH, MERGEKIT, INSIDE = "floor", "pymerge", "torch reference", "mergekit", "pymerge-yaml"
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ def command_of(tool: str, task: Task, given: argparse.Namespace) -> list[str | P
     if tool == TORCH:
         options = ["--method", task.method, "--density", str(task.density), "--scope", task.scope]
         return [*module, "bench.torch_merge", task.out, *task.models, *options]
-    if tool == MERGEKIT:
-        return [given.mergekit, task.recipe(ours=False), task.out, "--no-copy-tokenizer", "--quiet"]
+    if tool in (MERGEKIT, INSIDE):
+        command = given.mergekit if tool == MERGEKIT else given.pymerge_yaml
+        return [command, task.recipe(ours=False), task.out, "--no-copy-tokenizer", "--quiet"]
     threads = ["--threads", str(given.threads)] if given.threads else []
     return [*module, "pymerge", "merge", task.recipe(ours=True), task.out, "--json", *threads]
 
@@ -227,14 +232,15 @@ def compare(folder: Path, given: argparse.Namespace) -> list[Row]:
     tools: dict[str, int] = {FLOOR: given.runs, OURS: given.runs}
     tools |= {TORCH: 1} if given.reference else {}
     tools |= {MERGEKIT: 1} if given.mergekit else {}
+    tools |= {INSIDE: 1} if given.pymerge_yaml else {}
     rows = []
-    for method in SETUPS if given.methods == ALL else given.methods.split(","):
+    for method in SETS.get(given.methods) or given.methods.split(","):
         for scope in given.scopes.split(",") if method == "ties" else ["tensor"]:
             task = Task(folder, SETUPS[method].models(models), method, scope, given.density, params)
             for number in range(given.runs):
                 turn = [tool for tool, runs in tools.items() if number < runs]
-                if (scope == "model" or method in OURS_ALONE) and MERGEKIT in turn:
-                    turn.remove(MERGEKIT)  # it has no such scope or method
+                if scope == "model" or method in OURS_ALONE:  # mergekit has no such scope or method
+                    turn = [tool for tool in turn if tool not in (MERGEKIT, INSIDE)]
                 if method not in IN_TORCH and TORCH in turn:
                     turn.remove(TORCH)
                 measured = [measure(tool, task, number, given) for tool in turn]
@@ -272,7 +278,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--family", type=Path, help="a family that bench.family made; else one is made")
     parser.add_argument("--params", type=float, default=156e6, help="parameters of one model, at least")
     parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--methods", default="ties", help=f"{ALL}, or of {','.join(SETUPS)}")
+    parser.add_argument("--methods", default="ties", help=f"{' or '.join(SETS)}, or of {','.join(SETUPS)}")
     parser.add_argument("--scopes", default="tensor,model", help="for ties")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--runs", type=int, default=5)
@@ -284,6 +290,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mergekit", type=Path, help="path of mergekit-yaml 0.1.5, in its own environment; once"
     )
+    parser.add_argument("--pymerge-yaml", type=Path, help="path of pymerge-yaml in such an environment; once")
     parser.add_argument(
         "--linear-cost", action="store_true", help="seconds for K = 2, 4, 8, 16 and three sizes"
     )

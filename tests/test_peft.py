@@ -12,7 +12,7 @@ import torch
 
 from pymerge.integrations import peft as ours
 from pymerge.integrations import peft_batch
-from pymerge.integrations.patches import Patches
+from pymerge.integrations.patches import Patches, Tally
 from pymerge.integrations.peft_batch import MOST_SUMMED, ONE_LAYER
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own, such as for a density of 1
@@ -260,6 +260,17 @@ def test_a_merge_that_fails_halfway_leaves_no_empty_tensors(theirs: Any) -> None
     assert patches.tally.made == {"ties": 4}
     expected, found = (model.base_model.model.linear.lora_B[name].weight for name in ("theirs", "ours"))
     assert torch.equal(found, expected)
+
+
+def test_calls_of_unknown_form_are_not_gathered() -> None:
+    gathering = peft_batch.Gathering({}, Tally())
+    tensors, weights = [torch.ones(99), torch.ones(99)], torch.ones(2)
+    assert gathering.take("ties", (tensors, weights, 0.5), {}) is None  # outside of a layer
+    with gathering.layer():
+        for given, named in (((), {}), ((tensors, weights, 0.5), {"more": 1}), ((tensors, None, 0.5), {})):
+            assert gathering.take("ties", given, named) is None
+        assert gathering.take("dare_ties", (tensors, weights, 0.5), {}) is None
+        assert gathering.take("ties", (tensors, weights, 0.5), {}) is not None
 
 
 def test_merges_in_other_threads_are_apart(theirs: Any) -> None:

@@ -111,7 +111,7 @@ class _Numpy:
         return np.array_equal(a, b)
 
     def copy(self, source: Array, to: Array) -> None:
-        np.copyto(to, source, casting="same_kind")
+        np.copyto(to, source)
 
     def clone(self, array: Array) -> Array:
         return array.copy()

@@ -79,11 +79,15 @@ class Gathering:
 
         if self._of_layer is None:
             return None
-        asked = _asked(method, *given, **named) if method in METHODS else None
+        try:
+            asked = _asked(method, *given, **named) if method in METHODS else None
+        except (AttributeError, TypeError):  # another version of PEFT passes something else
+            asked = None
         self._of_layer.append(asked)
         if asked is None:
             return None
         asked.out = torch.empty_like(asked.tensors[0], memory_format=torch.contiguous_format)
+        self._asked.append(asked)
         return asked.out
 
     @contextmanager
@@ -93,10 +97,9 @@ class Gathering:
         self._of_layer = found
 
         def settle(results: Sequence[Tensor]) -> None:
-            for asked, result in zip(found, results, strict=True):
+            for asked, result in zip(found, results, strict=False):
                 if asked is not None:
-                    asked.out = result  # not the same one where PEFT has converted it
-                    self._asked.append(asked)
+                    asked.out = result  # another one than was handed out where PEFT has converted it
 
         try:
             yield settle
