@@ -182,10 +182,10 @@ def validate(data: object) -> tuple[RecipeData | None, list[str], set[str]]:
 
 def _whole(data: RecipeData, problems: list[str]) -> RecipeData | None:
     """The recipe if it says in exactly one way what is merged; else the problem is added."""
-    before = len(problems)
-    _check_stack(data, "", STACKS, problems)
     if data["tokenizer"] is not None and data["tokenizer_source"] is not None:
         problems.append("tokenizer and tokenizer_source exclude each other; give one")
+    before = len(problems)
+    _check_stack(data, "", STACKS, problems)
     modules = data["modules"] or {}
     for name, module in modules.items():
         _check_stack(module, f"modules.{name}.", STACKS[:2], problems)

@@ -250,10 +250,13 @@ merge_method: linear
 slices:
   - sources: [{model: one, layer_range: [2, 1]}, {model: nowhere, layer_range: [0, 1]}]
 base_model: neither
+tokenizer: {source: union}
+tokenizer_source: union
 """
     found = problems(text, folder)
     assert [sentence.partition(": ")[0] for sentence in found] == [
         "slices[0].sources[0].layer_range",
+        "tokenizer and tokenizer_source exclude each other; give one",
         "slices[0].sources[1].model",
         "base_model",
     ]
