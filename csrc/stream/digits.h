@@ -105,8 +105,7 @@ class DigitSearch {
     tables_.assign(size_t(crew_.size()), std::vector<Counter>(bins * searches_.size()));
     owner_.resize(searches_.size());
     for (size_t s = 0; s < searches_.size(); ++s)
-      owner_[s] =
-          same_keys_ && s > 0 && searches_[s].prefix == searches_[s - 1].prefix ? owner_[s - 1] : s;
+      owner_[s] = same_keys_ && s > 0 && searches_[s].prefix == searches_[s - 1].prefix ? owner_[s - 1] : s;
     crew_.each(pieces_, [&](int member, int64_t piece) {
       keys_of_(member, piece, [&](size_t first, std::span<const Bits> keys) {
         for (size_t s = first; s < end(first); ++s)
@@ -122,7 +121,7 @@ class DigitSearch {
       for (size_t i = 0; i < size; ++i) ++table[(key[i] >> shift) & digits].count[i & 1];
     };
     if (shared == kBits) return count(keys.data(), keys.size());
-    constexpr size_t kBlock = 64;
+    constexpr size_t kBlock = 64;  // 16 took 1.1 of the time over three quartiles
     Bits same[kBlock];
     for (size_t at = 0; at < keys.size(); at += kBlock) {
       const std::span<const Bits> block = keys.subspan(at, std::min(kBlock, keys.size() - at));

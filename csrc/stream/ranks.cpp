@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 
 namespace pm {
@@ -37,7 +38,7 @@ RowRanks<Work>::RowRanks(const KernelSet<Work>& kernels, double density, double 
   const int64_t words = int64_t(highest_) - lowest_;
   if (words <= 0) return;
   ranks_per_word_ = (uint64_t(last_) << 32) / uint64_t(words);
-  margin_ = 4 + 6 * last_ / words;
+  margin_ = std::min(4 + 6 * last_ / words, last_ + 1);
 }
 
 // Bins divide each octave evenly, so they order as keys do; zeros, of which there are many, have their own.
@@ -47,37 +48,40 @@ void RowRanks<Work>::count_bins(std::span<const Bits> keys, Bits most) {
   const Bits top = most >> shift_;
   bin_.resize(size);
   loose_.resize(size + 8);
-  mixed_.assign(bins, 0);
   kernels_.bins(keys.data(), int64_t(size), shift_, top + 2 <= bins ? 0 : Bits(top + 2 - bins), bin_.data(),
                 loose_.data());
+  front_.assign(bins, 0);
+  start_.assign(bins, 0);
+  count_seen();
+  slack_.assign(bins, int32_t(margin_));
   for (size_t i = 0; i < size; i += 8) {
     uint64_t eight;
     memcpy(&eight, &loose_[i], sizeof eight);
     if (!eight) continue;
     for (size_t j = i; j < std::min(i + 8, size); ++j)
-      if (loose_[j]) mixed_[bin_[j]] = 1;
+      if (loose_[j])
+        slack_[bin_[j]] = int32_t(std::min<int64_t>(margin_ + front_[bin_[j]] + start_[bin_[j]], INT32_MAX));
   }
-  count_seen();
-  start_.resize(bins + 1);
-  int32_t sum = 0;
+  int32_t lower = 0;
   for (size_t b = 0; b < bins; ++b) {
-    start_[b] = sum;
-    sum += front_[b] + behind_[b];
+    const int32_t front = front_[b], back = start_[b];
+    front_[b] = lower + back;
+    start_[b] = lower;
+    lower += front + back;
   }
-  start_[bins] = sum;
 }
 
 // From the row's end, both halves side by side: a counter that is raised twice in a row waits for itself.
 template <class Work>
 void RowRanks<Work>::count_seen() {
   const size_t half = size_t(half_), size = bin_.size();
-  front_.assign(mixed_.size(), 0);
-  behind_.assign(mixed_.size(), 0);
   seen_.resize(size);
-  if (size % 2) seen_[size - 1] = behind_[bin_[size - 1]]++;
+  const uint16_t* bin = bin_.data();
+  int32_t *front = front_.data(), *back = start_.data(), *seen = seen_.data();
+  if (size % 2) seen[size - 1] = back[bin[size - 1]]++;
   for (size_t i = half; i-- > 0;) {
-    seen_[half + i] = behind_[bin_[half + i]]++;
-    seen_[i] = front_[bin_[i]]++;
+    seen[half + i] = back[bin[half + i]]++;
+    seen[i] = front[bin[i]]++;
   }
 }
 
@@ -87,26 +91,25 @@ void RowRanks<Work>::decide(std::span<const Bits> keys, Bits most, int64_t begin
   const int64_t stop = to + end - begin;
   count_bins(keys, most);
   left_.clear();
+  const int32_t *seen = seen_.data(), *slack = slack_.data();
+  const int64_t margin = margin_;
   for (int64_t word = to / 64; word * 64 < stop; ++word) {
-    uint64_t rest = open[word], kept = 0, doubtful = 0;
+    uint64_t rest = open[word], kept = 0;
     if (word == to / 64) rest &= ~0ull << (to % 64);
     if (stop - word * 64 < 64) rest &= (1ull << (stop - word * 64)) - 1;
     for (; rest; rest &= rest - 1) {
       const int bit = std::countr_zero(rest);
-      const int64_t i = word * 64 + bit - to;
-      const size_t bin = bin_[size_t(begin + i)];
-      const int64_t rank = rank_of(words[i]);
-      const bool is_kept = rank + margin_ < start_[bin];
-      kept |= uint64_t(is_kept) << bit;
-      doubtful |= uint64_t(!is_kept & (rank - margin_ < start_[bin + 1])) << bit;
-    }
-    for (; doubtful; doubtful &= doubtful - 1) {
-      const int bit = std::countr_zero(doubtful);
-      const int64_t i = word * 64 + bit - to;
-      if (mixed_[bin_[size_t(begin + i)]])
-        left_.push_back(int32_t(begin + i));
-      else
-        kept |= uint64_t(keeps(words[i], rank(size_t(begin + i)))) << bit;
+      const int64_t i = word * 64 + bit - to, at = begin + i;
+      const size_t bin = bin_[size_t(at)];
+      const int64_t rank = (at < half_ ? front_ : start_)[bin] + seen[at];
+      const int64_t ahead = rank - rank_of(words[i]);
+      bool keeps = ahead > 0;
+      if (std::abs(ahead) <= slack[bin]) [[unlikely]] {
+        const bool exact = slack[bin] == margin;
+        if (!exact) left_.push_back(int32_t(at));
+        keeps = exact && words[i] < limit(rank);
+      }
+      kept |= uint64_t(keeps) << bit;
     }
     bits[word] |= kept;
   }
@@ -116,7 +119,7 @@ void RowRanks<Work>::decide(std::span<const Bits> keys, Bits most, int64_t begin
 template <class Work>
 void RowRanks<Work>::sort_out(std::span<const Bits> keys, int64_t begin, const uint32_t* words,
                               uint64_t* bits, int64_t to) {
-  flagged_.assign(mixed_.size(), 0);
+  flagged_.assign(start_.size(), 0);
   for (int32_t at : left_) flagged_[bin_[size_t(at)]] = 1;
   entries_.resize(keys.size() + 1);
   size_t count = 0;
@@ -129,12 +132,12 @@ void RowRanks<Work>::sort_out(std::span<const Bits> keys, int64_t begin, const u
     return std::lower_bound(entries_.begin(), entries_.begin() + int64_t(count), e) - entries_.begin();
   };
   // Ranks within a bin count from its lowest key on, which is the first entry of the bin.
-  std::vector<int32_t> first(mixed_.size(), -1);
+  std::vector<int32_t> first(start_.size(), -1);
   for (size_t c = count; c-- > 0;) first[bin_[~uint32_t(entries_[c])]] = int32_t(c);
   for (int32_t at : left_) {
     const size_t bin = bin_[size_t(at)];
     const int64_t rank = start_[bin] + place(entry(keys, size_t(at))) - first[bin], bit = at - begin + to;
-    bits[bit / 64] |= uint64_t(keeps(words[at - begin], rank)) << (bit % 64);
+    bits[bit / 64] |= uint64_t(words[at - begin] < limit(rank)) << (bit % 64);
   }
 }
 

@@ -32,19 +32,10 @@ class RowRanks {
   using Entry = std::conditional_t<sizeof(Bits) == 4, uint64_t, unsigned __int128>;
 
   uint32_t limit(int64_t rank) const { return random_limit(ranked_density(density_, epsilon_, rank, last_)); }
-  // The rank whose limit a word is, but for the margin.
+  // The rank whose limit a word is, to within the margin.
   int64_t rank_of(uint32_t word) const { return int64_t(uint64_t(word - lowest_) * ranks_per_word_ >> 32); }
-  bool keeps(uint32_t word, int64_t rank) const {
-    const int64_t behind = rank - rank_of(word);
-    return behind > margin_ || (behind >= -margin_ && word < limit(rank));
-  }
   void count_bins(std::span<const Bits> keys, Bits most);
   void count_seen();
-  // The rank of an entry whose bin holds one key only.
-  int64_t rank(size_t at) const {
-    const size_t bin = bin_[at];
-    return start_[bin] + seen_[at] + (int64_t(at) < half_ ? behind_[bin] : 0);
-  }
   Entry entry(std::span<const Bits> keys, size_t at) const {
     return Entry(keys[at]) << 32 | uint32_t(~uint32_t(at));
   }
@@ -58,15 +49,15 @@ class RowRanks {
   uint64_t ranks_per_word_ = 0;  // times 2^32
   int64_t margin_ = 0;           // ranks by which a word's may be off
   int bin_bits_, shift_;
-  std::vector<uint16_t> bin_;            // of each key
-  std::vector<uint8_t> loose_;           // entries whose bin does not tell their key
-  std::vector<uint8_t> mixed_;           // bins that hold such
-  std::vector<int32_t> front_, behind_;  // how many of the first and of the second half lie in each bin
-  std::vector<int32_t> seen_;            // of its bin, further on in its half of the row
-  std::vector<int32_t> start_;           // how many keys lie in lower bins
-  std::vector<int32_t> left_;            // entries still to be decided, all in mixed bins
-  std::vector<uint8_t> flagged_;         // bins that hold such
-  std::vector<Entry> entries_;           // all that lie in those: keys, of equal ones the last first
+  std::vector<uint16_t> bin_;   // of each key
+  std::vector<uint8_t> loose_;  // entries whose bin does not tell their key
+  // The rank of the last key of each bin in the first half of the row, and in the second.
+  std::vector<int32_t> front_, start_;
+  std::vector<int32_t> seen_;     // keys of the same bin further on in that half
+  std::vector<int32_t> slack_;    // by how much the sum of both may be off, and the rank of a word
+  std::vector<int32_t> left_;     // entries still to be decided, in bins of several keys
+  std::vector<uint8_t> flagged_;  // bins that hold such
+  std::vector<Entry> entries_;    // all that lie in those: keys, of equal ones the last first
 };
 
 }  // namespace pm
