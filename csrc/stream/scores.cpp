@@ -22,7 +22,7 @@ Scores<Work>::Scores(const Group<Work>& group, const JobView& view, Crew& crew)
   if (bytes <= run_.settings.memory / int64_t(run_.workers.size())) {
     kept_ = run_.workers[size_t(crew.size() - 1)].scores.template reserve_for<Bits>(
         size_t(view_.job().count + kMaxGroup));
-    // In large pages: fresh small ones took a third of arcee_fusion's time.
+    // In large pages: the faults of small ones took 4 of arcee_fusion's 15 ns an element.
     madvise(kept_, size_t(bytes), MADV_HUGEPAGE);
   }
   cut_ = by_variance ? cut_by_variance(crew) : cut_by_importance(crew);
