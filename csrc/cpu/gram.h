@@ -80,8 +80,8 @@ class GramKernel {
     }
   }
 
-  // Elements [at, at + n) as doubles, up to a multiple of kVirtualLanes, zeros after the last: a zero added
-  // to a sum that started at +0 changes no bit.
+  // Elements [at, at + n) as doubles, in whole groups, zeros after the last: a zero added to a sum
+  // that started at +0 changes no bit.
   PM_HD static void widened(const void* base, const void* input, int64_t at, int n, double* to) {
     const Raw* b = base ? static_cast<const Raw*>(base) + at : nullptr;
     const Raw* x = static_cast<const Raw*>(input) + at;
