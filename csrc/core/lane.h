@@ -3,8 +3,9 @@
 // A lane type V offers: V::Work, V::Bits, V::Mask (with ^ and |=), V::width, V::set(x), V::none(),
 // V::all(), V::mask_bits(m), V::Count, V::GroupCount, + - * /, magnitude, at_least, sign_bit, flip_sign,
 // is_positive, is_zero, is_nan, larger, select, add_where, keep_where, tally_where, tallied; for whole groups
-// of kGroup vectors: load_group, store_group, widen_group, element_mask, random_words, words_below, spread_bits,
-// pack_group. The formulas of trim.h, elect.h, combine.h and fuse.h are written over any such type.
+// of kGroup vectors: load_group, store_group, widen_group, element_mask, random_keys, random_words,
+// words_below, spread_bits, pack_group. The formulas of trim.h, elect.h, combine.h and fuse.h are written
+// over any such type.
 #pragma once
 #include "philox.h"
 
@@ -143,12 +144,15 @@ PM_HD uint64_t element_mask(T, Scalar<W>, uint64_t fields) {
 }
 
 // The random words of the group whose first element has flat index `index` (a multiple of 4), in element
-// order.
+// order; `key` as random_keys made it.
 template <class W>
-PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Scalar<W>,
-                        uint32_t* to) {
+PM_HD uint64_t random_keys(uint64_t key, Scalar<W>) {
+  return key;
+}
+template <class W>
+PM_HD void random_words(uint64_t index, uint32_t expert, uint64_t key, Scalar<W>, uint32_t* to) {
   uint32_t c[4] = {uint32_t(index >> 2), uint32_t(index >> 34), expert, 0};
-  philox(c, key0, key1);
+  philox(c, uint32_t(key), uint32_t(key >> 32));
   for (int g = 0; g < kGroup; ++g) to[g] = c[g];
 }
 

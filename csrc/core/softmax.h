@@ -1,7 +1,7 @@
 // exp, log and the terms of a divergence between softmax distributions, in f64 without a C library, so that
-// every processor gives the same bits. D: double, or a vector of doubles; I: the integers of its width. Several
-// are computed side by side, as each would wait for its own sums (Zen 3: four vectors in 0.5 of the time).
-// pymerge/backends/scores.py is the same in torch, operation for operation.
+// every processor gives the same bits. D: double, or a vector of doubles; I: the integers of its width.
+// Several are computed side by side, as each would wait for its own sums. pymerge/backends/scores.py is the
+// same in torch, operation for operation.
 #pragma once
 #include "dtype.h"
 
@@ -71,8 +71,8 @@ PM_HD void softmax_log(D (&x)[kSide]) {
     x[s] = x[s] != x[s] ? x[s] : (whole[s] - kShift) * kLog2 + twice[s] * sum[s];
 }
 
-// Each element's part of the divergence of softmax(x) from softmax(base), in place of exp_x: exponentials over
-// their sums, plus `eps` each.
+// Each element's part of the divergence of softmax(x) from softmax(base), in place of exp_x: exponentials
+// over their sums, plus `eps` each.
 template <class I, class D, int kSide>
 PM_HD void divergence_terms(D (&exp_x)[kSide], double sum_x, const D (&exp_base)[kSide], double sum_base) {
   constexpr double kEps = 1e-8;

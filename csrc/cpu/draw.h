@@ -20,9 +20,9 @@ struct DrawKernel {
   static_assert(64 % kElements == 0 && kElements <= kDrawRoom);
 
   static void words(uint64_t index, int64_t count, int expert, uint64_t key, uint32_t* words) {
+    const auto keys = random_keys(key, V{});
     for (int64_t at = 0; at < count; at += kElements)
-      random_words(index + uint64_t(at), uint32_t(expert), uint32_t(key), uint32_t(key >> 32), V{},
-                   words + at);
+      random_words(index + uint64_t(at), uint32_t(expert), keys, V{}, words + at);
   }
 
   static void below(const uint32_t* words, int64_t count, uint32_t limit, uint64_t* bits) {

@@ -31,7 +31,9 @@ struct Doubles<8> {
   typedef int64_t Bits __attribute__((vector_size(64)));
 };
 template <class V>
-constexpr int kPart = V::width == 16 ? 8 : V::width == 8 ? 4 : 2;
+constexpr int kPart = V::width == 16  ? 8
+                      : V::width == 8 ? 4
+                                      : 2;
 // Through a pointer and not by memcpy, which the compiler may do in halves: a load would wait for two stores.
 template <int width>
 PM_HD typename Doubles<width>::Value load_doubles(const double* p) {
@@ -78,8 +80,8 @@ class GramKernel {
     }
   }
 
-  // Elements [at, at + n) as doubles, up to a multiple of kVirtualLanes, zeros after the last: a zero added to
-  // a sum that started at +0 changes no bit.
+  // Elements [at, at + n) as doubles, in whole groups, zeros after the last: a zero added to a sum
+  // that started at +0 changes no bit.
   PM_HD static void widened(const void* base, const void* input, int64_t at, int n, double* to) {
     const Raw* b = base ? static_cast<const Raw*>(base) + at : nullptr;
     const Raw* x = static_cast<const Raw*>(input) + at;

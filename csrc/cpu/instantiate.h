@@ -38,6 +38,8 @@ KernelSet<typename T::Work> make_kernel_set() {
   fill_by_collect<V, T, Trim::outliers, false, false>(set.sum_outliers);
   fill_by_collect<V, T, Trim::outliers, true, false>(set.elect_outliers);
   set.keys = StatsKernel<V, T>::keys;
+  set.row_keys = RankKernel<V, T>::row_keys;
+  set.bins = RankKernel<V, T>::bins;
   set.open_keys = StatsKernel<V, T>::open_keys;
   set.count_open = StatsKernel<V, T>::count_open;
   set.search = StatsKernel<V, T>::search;

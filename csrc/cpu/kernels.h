@@ -2,6 +2,7 @@
 #pragma once
 #include "draw.h"
 #include "fuse.h"
+#include "rank.h"
 #include "score.h"
 
 namespace pm {
@@ -26,6 +27,8 @@ struct KernelSet {
   MapFn<Work> sum_magnitude[3], elect_magnitude[3], elect_magnitude_unit[3], sum_outliers[3],
       elect_outliers[3];
   void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
+  Bits (*row_keys)(const void* base, const void* expert, int64_t count, Bits* key);
+  void (*bins)(const Bits* key, int64_t count, int shift, Bits offset, uint16_t* bin, uint8_t* loose);
   void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
                     OpenKeys<Bits>* to);
   int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);

@@ -86,8 +86,8 @@ class ScoreKernel {
     return last;
   }
 
-  // Adds exp(x - most) to the virtual lanes, of which the first element's is 0, and leaves them in `to`, which
-  // has room for a group more.
+  // Adds exp(x - most) to the virtual lanes, of which the first element's is 0, and leaves them in `to`,
+  // which has room for a group more.
   static void exponentials(const void* input, int64_t count, double most, double* lanes, double* to) {
     LaneSums<V> sum(lanes, 0);
     for (int64_t at = 0; at < count; at += kChunk, to += kChunk) {
@@ -104,8 +104,8 @@ class ScoreKernel {
     sum.store(lanes, 0);
   }
 
-  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows, which have room
-  // for a group more.
+  // Adds the terms of the divergence to the virtual lanes, from the exponentials of both rows, which have
+  // room for a group more.
   static void divergence(const double* base, const double* input, int64_t count, const RowSums& row,
                          double* lanes) {
     LaneSums<V> sum(lanes, 0);

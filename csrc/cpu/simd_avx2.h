@@ -182,14 +182,16 @@ PM_HD uint64_t element_mask(T, Avx2, uint64_t fields) {
 }
 
 // Eight words in the low halves of 64-bit lanes; the high halves hold anything.
+struct Key256 {
+  __m256i x;
+};
 struct Word256 {
   __m256i half[2];
   PM_HD Word256 operator^(Word256 b) const {
     return {{_mm256_xor_si256(half[0], b.half[0]), _mm256_xor_si256(half[1], b.half[1])}};
   }
-  PM_HD Word256 operator^(uint32_t b) const {
-    const __m256i word = _mm256_set1_epi64x(b);
-    return {{_mm256_xor_si256(half[0], word), _mm256_xor_si256(half[1], word)}};
+  PM_HD Word256 operator^(Key256 b) const {
+    return {{_mm256_xor_si256(half[0], b.x), _mm256_xor_si256(half[1], b.x)}};
   }
 };
 struct WideProduct256 {
@@ -200,7 +202,15 @@ PM_HD WideProduct256 multiply_wide(Word256 a, uint32_t m) {
   const __m256i p0 = _mm256_mul_epu32(a.half[0], factor), p1 = _mm256_mul_epu32(a.half[1], factor);
   return {{{_mm256_srli_epi64(p0, 32), _mm256_srli_epi64(p1, 32)}}, {{p0, p1}}};
 }
-PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Avx2, uint32_t* to) {
+PM_HD RoundKeys<Key256> random_keys(uint64_t key, Avx2) {
+  RoundKeys<Key256> keys;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    keys.key0[round].x = _mm256_set1_epi64x(uint32_t(key) + round * kKeyStep0);
+    keys.key1[round].x = _mm256_set1_epi64x(uint32_t(key >> 32) + round * kKeyStep1);
+  }
+  return keys;
+}
+PM_HD void random_words(uint64_t index, uint32_t expert, const RoundKeys<Key256>& keys, Avx2, uint32_t* to) {
   const __m256i first =
       _mm256_add_epi64(_mm256_set1_epi64x(int64_t(index >> 2)), _mm256_setr_epi64x(0, 1, 2, 3));
   const Word256 counter{{first, _mm256_add_epi64(first, _mm256_set1_epi64x(4))}};
@@ -208,7 +218,7 @@ PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
                   {{_mm256_srli_epi64(counter.half[0], 32), _mm256_srli_epi64(counter.half[1], 32)}},
                   {{_mm256_set1_epi64x(expert), _mm256_set1_epi64x(expert)}},
                   {{_mm256_setzero_si256(), _mm256_setzero_si256()}}};
-  philox(c, key0, key1);
+  philox(c, keys);
   for (int h = 0; h < 2; ++h) {  // four counters: their words 0 and 1 side by side, 2 and 3, then in order
     const __m256i low = _mm256_blend_epi32(c[0].half[h], _mm256_slli_epi64(c[1].half[h], 32), 0xaa);
     const __m256i high = _mm256_blend_epi32(c[2].half[h], _mm256_slli_epi64(c[3].half[h], 32), 0xaa);

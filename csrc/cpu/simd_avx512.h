@@ -181,14 +181,16 @@ PM_HD uint64_t element_mask(T, Avx512, uint64_t fields) {
 
 // Sixteen words in the low halves of 64-bit lanes; the high halves hold anything. A wide product then needs
 // no shuffling: its low word is in place, its high word one shift away.
+struct Key512 {
+  __m512i x;
+};
 struct Word512 {
   __m512i half[2];
   PM_HD Word512 operator^(Word512 b) const {
     return {{_mm512_xor_si512(half[0], b.half[0]), _mm512_xor_si512(half[1], b.half[1])}};
   }
-  PM_HD Word512 operator^(uint32_t b) const {
-    const __m512i word = _mm512_set1_epi64(b);
-    return {{_mm512_xor_si512(half[0], word), _mm512_xor_si512(half[1], word)}};
+  PM_HD Word512 operator^(Key512 b) const {
+    return {{_mm512_xor_si512(half[0], b.x), _mm512_xor_si512(half[1], b.x)}};
   }
 };
 struct WideProduct512 {
@@ -199,7 +201,16 @@ PM_HD WideProduct512 multiply_wide(Word512 a, uint32_t m) {
   const __m512i p0 = _mm512_mul_epu32(a.half[0], factor), p1 = _mm512_mul_epu32(a.half[1], factor);
   return {{{_mm512_srli_epi64(p0, 32), _mm512_srli_epi64(p1, 32)}}, {{p0, p1}}};
 }
-PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t key1, Avx512, uint32_t* to) {
+PM_HD RoundKeys<Key512> random_keys(uint64_t key, Avx512) {
+  RoundKeys<Key512> keys;
+  for (uint32_t round = 0; round < kRounds; ++round) {
+    keys.key0[round].x = _mm512_set1_epi64(uint32_t(key) + round * kKeyStep0);
+    keys.key1[round].x = _mm512_set1_epi64(uint32_t(key >> 32) + round * kKeyStep1);
+  }
+  return keys;
+}
+PM_HD void random_words(uint64_t index, uint32_t expert, const RoundKeys<Key512>& keys, Avx512,
+                        uint32_t* to) {
   const __m512i first =
       _mm512_add_epi64(_mm512_set1_epi64(int64_t(index >> 2)), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
   const Word512 counter{{first, _mm512_add_epi64(first, _mm512_set1_epi64(8))}};
@@ -207,7 +218,7 @@ PM_HD void random_words(uint64_t index, uint32_t expert, uint32_t key0, uint32_t
                   {{_mm512_srli_epi64(counter.half[0], 32), _mm512_srli_epi64(counter.half[1], 32)}},
                   {{_mm512_set1_epi64(expert), _mm512_set1_epi64(expert)}},
                   {{_mm512_setzero_si512(), _mm512_setzero_si512()}}};
-  philox(c, key0, key1);
+  philox(c, keys);
   const __m512i front = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
                 back = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   for (int h = 0; h < 2; ++h) {  // eight counters: their words 0 and 1 side by side, 2 and 3, then in order

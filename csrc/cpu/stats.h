@@ -49,12 +49,8 @@ class LaneSums {
     for (int lane = 0; j < count; ++j, ++lane) sum_[lane / kPart][lane % kPart] += x[j];
   }
   // Adds a group whose first element is number `at`; zeros change nothing.
-  PM_HD void add(const V (&v)[kGroup], int64_t at) {
-    add_parts<false>(v, at);
-  }
-  PM_HD void add_squares(const V (&v)[kGroup], int64_t at) {
-    add_parts<true>(v, at);
-  }
+  PM_HD void add(const V (&v)[kGroup], int64_t at) { add_parts<false>(v, at); }
+  PM_HD void add_squares(const V (&v)[kGroup], int64_t at) { add_parts<true>(v, at); }
 
  private:
   template <bool kSquare>
@@ -199,6 +195,11 @@ class StatsKernel {
     sum.store(lanes, offset);
   }
 
+  PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
+    memcpy(bits, d, sizeof bits);
+    for (int j = 0; j < kElements; ++j)
+      bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
+  }
   // The keys of the first `n` of a group.
   PM_HD static void store_keys(const V (&v)[kGroup], int n, Bits* to) {
     Bits bits[kElements];
@@ -223,11 +224,6 @@ class StatsKernel {
     for (int g = 0; g < kGroup; ++g)
       reach_low[g] = trim_magnitude(d[g], low), reach_high[g] = trim_magnitude(d[g], high);
     return first_bits(group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high), n);
-  }
-  PM_HD static void group_keys(const V (&d)[kGroup], Bits (&bits)[kElements]) {
-    memcpy(bits, d, sizeof bits);
-    for (int j = 0; j < kElements; ++j)
-      bits[j] = std::min<Bits>(bits[j] & ~WorkTraits<Work>::sign, WorkTraits<Work>::nan_key);
   }
 };
 

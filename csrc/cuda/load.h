@@ -79,7 +79,7 @@ __device__ inline void random_keep(uint64_t index, int expert, uint64_t key, uin
   for (int g = 0; g < kCount; g += kGroup) {
     const uint64_t first = index / kGroup * kGroup + uint64_t(g);
     uint32_t word[kGroup];
-    random_words(first, uint32_t(expert), uint32_t(key), uint32_t(key >> 32), Lane{}, word);
+    random_words(first, uint32_t(expert), key, Lane{}, word);
 #pragma unroll
     for (int e = 0; e < kGroup && e < kCount; ++e)
       keep[g + e] = word[kCount == 1 ? index % kGroup : e] < limit;

@@ -121,7 +121,7 @@ class DigitSearch {
       for (size_t i = 0; i < size; ++i) ++table[(key[i] >> shift) & digits].count[i & 1];
     };
     if (shared == kBits) return count(keys.data(), keys.size());
-    constexpr size_t kBlock = 64;
+    constexpr size_t kBlock = 64;  // 16 took 1.1 of the time over three quartiles
     Bits same[kBlock];
     for (size_t at = 0; at < keys.size(); at += kBlock) {
       const std::span<const Bits> block = keys.subspan(at, std::min(kBlock, keys.size() - at));

@@ -15,6 +15,17 @@ Masks<Work>::Masks(const Group<Work>& group, const JobView& view, Crew& crew)
   const int64_t bytes = words_ * 8 * masks();
   if (bytes <= run_.settings.memory / int64_t(run_.workers.size()))
     kept_ = run_.workers[size_t(crew.size() - 1)].bitmaps.template reserve_for<uint64_t>(size_t(bytes / 8));
+  if (kept_ && ranked() && view.row() > kReduceBlock) make_rows(crew);
+}
+
+// Pieces as long as rows cut each row once; those of the sums would have a long row ranked for every piece.
+template <class Work>
+void Masks<Work>::make_rows(Crew& crew) {
+  const int64_t size = view_.job().count, step = (view_.row() + 63) / 64 * 64;
+  crew.each((size + step - 1) / step, [&](int member, int64_t piece) {
+    load(run_.workers[size_t(member)], piece * step, std::min(step, size - piece * step));
+  });
+  all_made();
 }
 
 template <class Work>
@@ -69,25 +80,25 @@ void Masks<Work>::draw_ranked(Worker& worker, int k, int64_t at, int64_t first, 
                               uint64_t* to) const {
   const int64_t width = view_.row();
   const double density = group_.rule().density[size_t(k)];
-  RowRanks<Bits> ranks(density, group_.rule().epsilon[size_t(k)]);
+  RowRanks<Work> ranks(group_.kernels(view_), density, group_.rule().epsilon[size_t(k)], width);
   if (density <= 0) {
     std::fill(to, to + (count + 63) / 64, 0);
     return;
   }
   auto* words = worker.words.template reserve_for<uint32_t>(size_t(count + kDrawRoom));
   kernels().words(uint64_t(first), count, k, view_.job().key, words);
-  kernels().below(words, count, ranks.lowest(width), to);
-  const uint32_t highest = ranks.highest(width);
-  if (highest == ranks.lowest(width)) return;
+  kernels().below(words, count, ranks.lowest(), to);
+  const uint32_t highest = ranks.highest();
+  if (highest == ranks.lowest()) return;
   std::vector<uint64_t> open(size_t((count + 63) / 64));
   kernels().below(words, count, highest, open.data());
   for (size_t w = 0; w < open.size(); ++w) open[w] &= ~to[w];
   auto* keys = worker.keys.template reserve_for<Bits>(size_t(width));
   for (int64_t row = -at; row < count; row += width) {  // rows from where the tile starts
     const MapBlock<Work> block = block_at<Work>(worker, view_, nullptr, at + row, width);
-    group_.kernels(view_).keys(block.base, block.expert[k], width, keys);
+    const Bits most = group_.kernels(view_).row_keys(block.base, block.expert[k], width, keys);
     const int64_t begin = std::max<int64_t>(0, -row), end = std::min(width, count - row);
-    ranks.decide({keys, size_t(width)}, begin, end, words + row + begin, open.data(), to, row + begin);
+    ranks.decide({keys, size_t(width)}, most, begin, end, words + row + begin, open.data(), to, row + begin);
   }
 }
 

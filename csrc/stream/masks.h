@@ -28,6 +28,7 @@ class Masks {
   void all_made() { made_ = kept_ != nullptr; }
 
  private:
+  void make_rows(Crew& crew);
   void draw(Worker& worker, int k, int64_t first, int64_t count, uint64_t* to) const;
   void draw_ranked(Worker& worker, int k, int64_t at, int64_t first, int64_t count, uint64_t* to) const;
   void compare(Worker& worker, int64_t at, int64_t first, int64_t count, uint64_t* to) const;

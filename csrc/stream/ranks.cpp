@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstdlib>
+#include <cstring>
 
 namespace pm {
 
@@ -9,102 +11,137 @@ namespace {
 
 constexpr int kMantissa(uint32_t) { return 23; }
 constexpr int kMantissa(uint64_t) { return 52; }
+// Octaves below the largest key; what is smaller shares a bin. Fewer would put more into that bin, more would
+// put several keys into others: differences of bfloat16 seldom have more bits than are left for bins here.
+constexpr int kOctaves = 8;
 
-void put_bit(uint64_t* bits, int64_t at, bool value) {
-  bits[at / 64] = (bits[at / 64] & ~(1ull << (at % 64))) | uint64_t(value) << (at % 64);
+// 2,048 bins for rows of 4,096, whose tables stay in the first-level cache; more for long rows.
+int bits_of_bins(int64_t size) {
+  const int width = std::bit_width(uint64_t(size));
+  return std::clamp(width - 1, 5, std::clamp(width - 5, 11, 16));
 }
 
 }  // namespace
 
-// Bins divide each octave evenly, so they order as keys do.
-template <class Bits>
-void RowRanks<Bits>::count_bins(std::span<const Bits> keys) {
-  const int bin_bits = std::clamp(int(std::bit_width(keys.size())) - 1, 5, kMostBits);
-  const int shift = kMantissa(Bits{}) - (bin_bits - std::bit_width(unsigned(kOctaves - 1)));
-  const int64_t bins = int64_t(1) << bin_bits;
-  Bits most = 0;
-  for (Bits key : keys) most = std::max(most, key);
-  const int64_t offset = int64_t(most >> shift) - (bins - 1);
-  bin_.resize(keys.size());
-  for (size_t i = 0; i < keys.size(); ++i)
-    bin_[i] = uint16_t(std::max<int64_t>(int64_t(keys[i] >> shift) - offset, 0));
-  start_.assign(size_t(bins) + 1, 0);
-  for (uint16_t bin : bin_) ++start_[size_t(bin) + 1];
-  for (size_t b = 1; b < start_.size(); ++b) start_[b] += start_[b - 1];
+template <class Work>
+RowRanks<Work>::RowRanks(const KernelSet<Work>& kernels, double density, double epsilon, int64_t size)
+    : kernels_(kernels), density_(density), epsilon_(epsilon), last_(size - 1), half_(size / 2) {
+  lowest_ = limit(0);
+  highest_ = limit(last_);
+  bin_bits_ = bits_of_bins(size);
+  shift_ = kMantissa(Bits{}) - (bin_bits_ - std::bit_width(unsigned(kOctaves - 1)));
+  // The rank r whose limit a word w is: (w - lowest) * last / words, with `words` = highest - lowest. Both
+  // limits are rounded down to words, as is the limit of r: each of the three moves r by last / (words - 1)
+  // at most, which is at most 2 * last / words where there are two words or more (where there is one the
+  // margin takes in all ranks). Rounding down what is here, the product, and r itself moves it by one rank
+  // each.
+  const int64_t words = int64_t(highest_) - lowest_;
+  if (words <= 0) return;
+  ranks_per_word_ = (uint64_t(last_) << 32) / uint64_t(words);
+  margin_ = std::min(4 + 6 * last_ / words, last_ + 1);
 }
 
-template <class Bits>
-void RowRanks<Bits>::decide(std::span<const Bits> keys, int64_t begin, int64_t end, const uint32_t* words,
-                            const uint64_t* open, uint64_t* bits, int64_t to) {
-  const int64_t last = int64_t(keys.size()) - 1, stop = to + end - begin;
-  count_bins(keys);
-  // The rank whose limit a word is: exact to less than one rank.
-  const double lowest = (density_ - epsilon_) * 0x1p32,
-               ranks_per_word = double(last) / (2 * epsilon_ * 0x1p32);
-  constexpr double kMargin = 2;
-  doubtful_.assign(size_t((stop + 63) / 64 - to / 64), 0);
+// Bins divide each octave evenly, so they order as keys do; zeros, of which there are many, have their own.
+template <class Work>
+void RowRanks<Work>::count_bins(std::span<const Bits> keys, Bits most) {
+  const size_t bins = size_t(1) << bin_bits_, size = keys.size();
+  const Bits top = most >> shift_;
+  bin_.resize(size);
+  loose_.resize(size + 8);
+  kernels_.bins(keys.data(), int64_t(size), shift_, top + 2 <= bins ? 0 : Bits(top + 2 - bins), bin_.data(),
+                loose_.data());
+  front_.assign(bins, 0);
+  start_.assign(bins, 0);
+  count_seen();
+  slack_.assign(bins, int32_t(margin_));
+  for (size_t i = 0; i < size; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, &loose_[i], sizeof eight);
+    if (!eight) continue;
+    for (size_t j = i; j < std::min(i + 8, size); ++j)
+      if (loose_[j])
+        slack_[bin_[j]] = int32_t(std::min<int64_t>(margin_ + front_[bin_[j]] + start_[bin_[j]], INT32_MAX));
+  }
+  int32_t lower = 0;
+  for (size_t b = 0; b < bins; ++b) {
+    const int32_t front = front_[b], back = start_[b];
+    front_[b] = lower + back;
+    start_[b] = lower;
+    lower += front + back;
+  }
+}
+
+// From the row's end, both halves side by side: a counter that is raised twice in a row waits for itself.
+template <class Work>
+void RowRanks<Work>::count_seen() {
+  const size_t half = size_t(half_), size = bin_.size();
+  seen_.resize(size);
+  const uint16_t* bin = bin_.data();
+  int32_t *front = front_.data(), *back = start_.data(), *seen = seen_.data();
+  if (size % 2) seen[size - 1] = back[bin[size - 1]]++;
+  for (size_t i = half; i-- > 0;) {
+    seen[half + i] = back[bin[half + i]]++;
+    seen[i] = front[bin[i]]++;
+  }
+}
+
+template <class Work>
+void RowRanks<Work>::decide(std::span<const Bits> keys, Bits most, int64_t begin, int64_t end,
+                            const uint32_t* words, const uint64_t* open, uint64_t* bits, int64_t to) {
+  const int64_t stop = to + end - begin;
+  count_bins(keys, most);
+  left_.clear();
+  const int32_t *seen = seen_.data(), *slack = slack_.data();
+  const int64_t margin = margin_;
   for (int64_t word = to / 64; word * 64 < stop; ++word) {
-    uint64_t rest = open[word], kept = 0, doubtful = 0;
+    uint64_t rest = open[word], kept = 0;
     if (word == to / 64) rest &= ~0ull << (to % 64);
     if (stop - word * 64 < 64) rest &= (1ull << (stop - word * 64)) - 1;
     for (; rest; rest &= rest - 1) {
       const int bit = std::countr_zero(rest);
-      const int64_t i = word * 64 + bit - to;
-      const size_t bin = bin_[size_t(begin + i)];
-      const double rank = (double(words[i]) - lowest) * ranks_per_word;
-      // A limit is rounded down to a word: the next word must be below it before rounding.
-      const bool keeps = rank + ranks_per_word + kMargin < double(start_[bin]);
+      const int64_t i = word * 64 + bit - to, at = begin + i;
+      const size_t bin = bin_[size_t(at)];
+      const int64_t rank = (at < half_ ? front_ : start_)[bin] + seen[at];
+      const int64_t ahead = rank - rank_of(words[i]);
+      bool keeps = ahead > 0;
+      if (std::abs(ahead) <= slack[bin]) [[unlikely]] {
+        const bool exact = slack[bin] == margin;
+        if (!exact) left_.push_back(int32_t(at));
+        keeps = exact && words[i] < limit(rank);
+      }
       kept |= uint64_t(keeps) << bit;
-      doubtful |= uint64_t(!keeps & (rank - kMargin < double(start_[bin + 1]))) << bit;
     }
     bits[word] |= kept;
-    doubtful_[size_t(word - to / 64)] = doubtful;
   }
-  sort_out(keys, begin, words, bits, to);
+  if (!left_.empty()) sort_out(keys, begin, words, bits, to);
 }
 
-template <class Bits>
-void RowRanks<Bits>::sort_out(std::span<const Bits> keys, int64_t begin, const uint32_t* words,
+template <class Work>
+void RowRanks<Work>::sort_out(std::span<const Bits> keys, int64_t begin, const uint32_t* words,
                               uint64_t* bits, int64_t to) {
-  const int64_t shift = to - begin, origin = to / 64 * 64;
   flagged_.assign(start_.size(), 0);
-  bins_.resize(start_.size());
-  for (size_t w = 0; w < doubtful_.size(); ++w)
-    for (uint64_t rest = doubtful_[w]; rest; rest &= rest - 1) {
-      const size_t i = size_t(origin + int64_t(w) * 64 + std::countr_zero(rest) - shift), bin = bin_[i];
-      flagged_[bin] = 1;
-      bins_[bin] = {0, keys[i], false};
-    }
-  chosen_.resize(keys.size());
+  for (int32_t at : left_) flagged_[bin_[size_t(at)]] = 1;
+  entries_.resize(keys.size() + 1);
   size_t count = 0;
-  for (size_t i = 0; i < keys.size(); ++i) {  // without a branch: which it takes is as good as random
-    chosen_[count] = int32_t(i);
-    count += flagged_[bin_[i]];
+  for (size_t at = 0; at < keys.size(); ++at) {  // without a branch: which it takes is as good as random
+    entries_[count] = entry(keys, at);
+    count += flagged_[bin_[at]];
   }
-  auto settle = [&](size_t i) {
-    const int64_t at = int64_t(i) + shift - origin, rank = start_[bin_[i]] + bins_[bin_[i]].seen++;
-    if (at >= 0 && at < int64_t(doubtful_.size()) * 64 && doubtful_[size_t(at / 64)] >> (at % 64) & 1)
-      put_bit(bits, at + origin, words[int64_t(i) - begin] < limit(rank, int64_t(keys.size()) - 1));
+  std::sort(entries_.begin(), entries_.begin() + int64_t(count));
+  auto place = [&](Entry e) {
+    return std::lower_bound(entries_.begin(), entries_.begin() + int64_t(count), e) - entries_.begin();
   };
-  bool any_mixed = false;
-  for (size_t c = count; c-- > 0;) {
-    const size_t i = size_t(chosen_[c]);
-    Bin& bin = bins_[bin_[i]];
-    bin.mixed |= keys[i] != bin.key;
-    any_mixed |= bin.mixed;
-    settle(i);  // right where all the bin's keys are equal
+  // Ranks within a bin count from its lowest key on, which is the first entry of the bin.
+  std::vector<int32_t> first(start_.size(), -1);
+  for (size_t c = count; c-- > 0;) first[bin_[~uint32_t(entries_[c])]] = int32_t(c);
+  for (int32_t at : left_) {
+    const size_t bin = bin_[size_t(at)];
+    const int64_t rank = start_[bin] + place(entry(keys, size_t(at))) - first[bin], bit = at - begin + to;
+    bits[bit / 64] |= uint64_t(words[at - begin] < limit(rank)) << (bit % 64);
   }
-  if (!any_mixed) return;
-  chosen_.resize(count);
-  std::erase_if(chosen_, [&](int32_t i) { return !bins_[bin_[size_t(i)]].mixed; });
-  std::sort(chosen_.begin(), chosen_.end(), [&](int32_t a, int32_t b) {
-    return keys[size_t(a)] != keys[size_t(b)] ? keys[size_t(a)] < keys[size_t(b)] : a > b;
-  });
-  for (int32_t i : chosen_) bins_[bin_[size_t(i)]].seen = 0;
-  for (int32_t i : chosen_) settle(size_t(i));
 }
 
-template class RowRanks<uint32_t>;
-template class RowRanks<uint64_t>;
+template class RowRanks<float>;
+template class RowRanks<double>;
 
 }  // namespace pm

@@ -1,5 +1,7 @@
 #include "scores.h"
 
+#include <sys/mman.h>
+
 #include <cmath>
 
 #include "reduce.h"
@@ -17,9 +19,12 @@ Scores<Work>::Scores(const Group<Work>& group, const JobView& view, Crew& crew)
   if (by_variance && group.rule().density[0] >= 1) return;
   if (!by_variance) weigh_rows(crew);
   const int64_t bytes = view_.job().count * int64_t(sizeof(Bits));
-  if (bytes <= run_.settings.memory / int64_t(run_.workers.size()))
+  if (bytes <= run_.settings.memory / int64_t(run_.workers.size())) {
     kept_ = run_.workers[size_t(crew.size() - 1)].scores.template reserve_for<Bits>(
         size_t(view_.job().count + kMaxGroup));
+    // In large pages: the faults of small ones took 4 of arcee_fusion's 15 ns an element.
+    madvise(kept_, size_t(bytes), MADV_HUGEPAGE);
+  }
   cut_ = by_variance ? cut_by_variance(crew) : cut_by_importance(crew);
 }
 
