@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
@@ -20,7 +20,7 @@ from pymerge.recipe import Document, Draft, Recipe, load_documents, parse_docume
 from pymerge.run.results import Summary
 
 if TYPE_CHECKING:
-    from pymerge.plan_sweep import Setting
+    from pymerge.plan_sweep import Setting, Value
     from pymerge.run.sweep import Swept
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -106,7 +106,7 @@ def merge(
 def sweep(
     recipe: Path | str,
     out: Path | str,
-    settings: Mapping[str, Sequence[float]] | Sequence[Setting],
+    settings: Mapping[str, Iterable[Value]] | Iterable[Setting],
     *,
     threads: int | None = None,
     max_memory: int | str | None = None,
@@ -117,10 +117,11 @@ def sweep(
     """Merge `recipe` once for each setting, reading the inputs together, each into a folder of `out`.
 
     `settings`: values for each parameter, of which every combination is merged, or the combinations
-    themselves: {"density": [0.1, 0.2], "lambda": [0.5, 1]} or [{"density": 0.1, "lambda": 1}]. A parameter
-    holds for all models, whatever the recipe gives; `seed` is one, too. Every output is what `merge` makes of
-    the recipe with these parameters, bit for bit; a folder is named after them, `density0.1-lambda1`. What an
-    interrupted sweep has finished is kept. Other arguments as in `merge`. Raises PymergeError.
+    themselves: {"density": [0.1, 0.2], "lambda": [0.5, 1]} or [{"density": 0.1, "lambda": 1}]. Values are
+    numbers, flags or words. A parameter holds for all models, whatever the recipe gives; `seed` is one, too.
+    Every output is what `merge` makes of the recipe with these parameters, bit for bit; a folder is named
+    after them, `density0.1-lambda1`. What an interrupted sweep has finished is kept. Other arguments as in
+    `merge`. Raises PymergeError.
     """
     from pymerge.plan_sweep import grid, plan_sweep
     from pymerge.run.settings import settings_for
@@ -128,6 +129,8 @@ def sweep(
 
     wanted = grid(settings) if isinstance(settings, Mapping) else list(settings)
     options = _options(max_shard_size, dtype)
+    if isinstance(recipe, Recipe):
+        raise PymergeError("a sweep takes a recipe's path or text: other parameters make another text")
     variants = plan_sweep(single(_documents(recipe)), wanted, Path(out), **options)
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
 

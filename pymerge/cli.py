@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -15,6 +15,7 @@ from pymerge.version import VERSION
 
 if TYPE_CHECKING:
     from pymerge.plan_chain import Stage
+    from pymerge.plan_sweep import Value
     from pymerge.planner import Plan
 
 EXIT_DIFFERENT = 1
@@ -154,17 +155,19 @@ def plan(
     _show_notes(stages)
 
 
-_NUMBERS = "V1,V2,..."
+_VALUES = "V1,V2,..."
 
 
 @main.command()
 @click.argument("recipe", type=_PATH)
 @click.argument("out", type=_PATH)
-@click.option("--density", metavar=_NUMBERS, help="Densities, for all models.")
-@click.option("--weight", metavar=_NUMBERS, help="Weights, for all models.")
-@click.option("--lambda", "lambda_", metavar=_NUMBERS, help="Factors on the merged task vector.")
+@click.option("--density", metavar=_VALUES, multiple=True, help="Densities, for all models.")
+@click.option("--weight", metavar=_VALUES, multiple=True, help="Weights, for all models.")
 @click.option(
-    "--set", "others", metavar=f"NAME={_NUMBERS}", multiple=True, help="Any other parameter, or seed."
+    "--lambda", "lambda_", metavar=_VALUES, multiple=True, help="Factors on the merged task vector."
+)
+@click.option(
+    "--set", "others", metavar=f"NAME={_VALUES}", multiple=True, help="Any other parameter, or seed."
 )
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output file."
@@ -177,9 +180,9 @@ _NUMBERS = "V1,V2,..."
 def sweep(
     recipe: Path,
     out: Path,
-    density: str | None,
-    weight: str | None,
-    lambda_: str | None,
+    density: tuple[str, ...],
+    weight: tuple[str, ...],
+    lambda_: tuple[str, ...],
     others: tuple[str, ...],
     max_shard_size: str,
     dtype: str | None,
@@ -195,19 +198,21 @@ def sweep(
     """
     from pymerge.api import sweep as swept
 
-    given = {"density": density, "weight": weight, "lambda": lambda_}
-    texts = {name: text for name, text in given.items() if text is not None}
+    values: dict[str, list[Value]] = {}
+    for name, texts in (("density", density), ("weight", weight), ("lambda", lambda_)):
+        for text in texts:
+            values.setdefault(name, []).extend(_values(name, text))
     for option in others:
         name, is_given, text = option.partition("=")
-        if not is_given or name in texts:
-            raise click.UsageError(f"--set {option}: expected NAME={_NUMBERS}, and no name twice")
-        texts[name] = text
-    if not texts:
+        if not is_given:
+            raise click.UsageError(f"--set {option}: expected NAME={_VALUES}")
+        values.setdefault(name, []).extend(_values(name, text))
+    if not values:
         raise click.UsageError("a sweep needs values: --density, --weight, --lambda or --set")
     results = swept(
         recipe,
         out,
-        {name: _numbers(name, text) for name, text in texts.items()},
+        values,
         threads=threads,
         max_memory=_size(max_memory),
         max_shard_size=max_shard_size,
@@ -233,18 +238,19 @@ def sweep(
                 say_last(out, f"warning: {result.summary.nan_outputs:,} of its elements are NaN")
         if merged:
             last = merged[-1]
-            say_last(
-                out,
-                f"{len(merged)} merges in {last.seconds:.2f} s, {last.bytes_read:,} bytes read,"
-                f" peak memory {last.peak_memory / 1e6:,.0f} MB",
-            )
+            many = f"{len(merged)} merge{'s' if len(merged) > 1 else ''} in {last.seconds:.2f} s"
+            amounts = f"{last.bytes_read:,} bytes read, peak memory {last.peak_memory / 1e6:,.0f} MB"
+            say_last(out, f"{many}, {amounts}")
 
 
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise click.UsageError(f"{name}: {text!r} is not a list of numbers such as 0.1,0.2") from None
+def _values(name: str, text: str) -> list[Value]:
+    """Numbers, true, false and words as YAML reads them. Raises RecipeError."""
+    from pymerge.recipe_yaml import read_yaml
+
+    found = [read_yaml(part)[0][1] if part.strip() else "" for part in text.split(",")]
+    if not all(isinstance(value, (bool, int, float, str)) and value != "" for value in found):
+        raise click.UsageError(f"{name}: {text!r} is not a list of values such as 0.1,0.2")
+    return cast("list[Value]", found)
 
 
 @main.command()

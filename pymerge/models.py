@@ -13,6 +13,7 @@ from pymerge.errors import BackendError, RecipeError
 from pymerge.methods import Base, method_named
 from pymerge.operands import expert_list, what
 from pymerge.options import as_name
+from pymerge.tensor_rule import known_options
 from pymerge.tensors import merge_tensors
 
 # Messages about names list so many.
@@ -264,6 +265,7 @@ def _merged(
     """The result of each group under its first name."""
     if "out" in options:
         raise RecipeError("out is an option of merge_tensors only; merge_into writes into a model")
+    options = known_options(options, ("out_dtype", "threads", "backend"))
     origin = None if base is None else inputs[base.role]
     merged: Mapping[str, Array] = merge_tensors(
         origin, [inputs[expert.role] for expert in experts], method=method, **options

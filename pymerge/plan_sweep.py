@@ -5,8 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from pymerge.checkpoint.manifest import check_finished
@@ -16,10 +20,15 @@ from pymerge.planner import Plan, make_plan
 from pymerge.recipe import Document
 from pymerge.text import shown
 
+Value: TypeAlias = "float | bool | str"
 # The parameters that one output is merged with, instead of the recipe's.
-Setting: TypeAlias = Mapping[str, float]
+Setting: TypeAlias = Mapping[str, Value]
 
 SEED = "seed"  # stands beside the parameters, not among them
+# Of the in-memory API, where lambda is a word of the language.
+SPELLINGS = MappingProxyType({"lambda_": "lambda"})
+# What a value in words may consist of, as it becomes part of a folder's name.
+WORD = re.compile(r"[a-z_]+", re.ASCII)
 
 
 class Variant(NamedTuple):
@@ -35,11 +44,11 @@ class Variant(NamedTuple):
     done: bool
 
 
-def grid(values: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+def grid(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     """Every combination of the values, the last parameter's changing fastest. Raises RecipeError."""
     for name, some in values.items():
         if isinstance(some, (str, bytes)) or not isinstance(some, Iterable):
-            raise RecipeError(f"{name} of the sweep is {some!r}, expected a list of numbers")
+            raise RecipeError(f"{name} of the sweep is {some!r}, expected a list of values")
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
@@ -54,6 +63,7 @@ def plan_sweep(
     problems = list(_wrong_settings(settings))
     if problems:
         raise ProblemList(problems)
+    settings = [_plain(setting) for setting in settings]
     names = [_name(setting) for setting in settings]
     for name in sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"two settings of the sweep are the same: {name}")
@@ -68,7 +78,7 @@ def plan_sweep(
             # What is wrong with the recipe itself is wrong with every setting.
             problems += [text for text in said if text not in problems]
     if not problems:
-        problems += [*_unlike(variants), *_lacking_space(variants, out)]
+        problems += [*_unlike(variants), *_without_effect(variants), *_lacking_space(variants, out)]
     if problems:
         raise ProblemList(problems)
     return tuple(variants)
@@ -98,7 +108,26 @@ def _lacking_space(variants: Sequence[Variant], out: Path | None) -> Iterator[st
 
 def _name(setting: Setting) -> str:
     """What the setting's folder is called: density0.2-lambda1."""
-    return "-".join(f"{key}{repr(float(value)).removesuffix('.0')}" for key, value in setting.items())
+    return "-".join(f"{key}{_in_name(value)}" for key, value in setting.items())
+
+
+def _in_name(value: Value) -> str:
+    if isinstance(value, (bool, str)):
+        return f"-{value}".lower()
+    return repr(value).removesuffix(".0")
+
+
+def _plain(setting: Setting) -> dict[str, Value]:
+    """The setting with Python's own numbers (numpy's are none that YAML knows) and the recipe's names."""
+    return {
+        SPELLINGS.get(key, key): value if isinstance(value, (bool, str)) else _number(value)
+        for key, value in setting.items()
+    }
+
+
+def _number(value: float) -> float:
+    """Whole ones stay whole: a seed may have more digits than a float."""
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
@@ -110,8 +139,14 @@ def _wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
         for key, value in setting.items():
             if not isinstance(key, str) or not key.isidentifier():
                 yield f"{shown(str(key))} cannot be the name of a parameter"
-            elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                yield f"{key} of a setting is {value!r}, expected a finite number"
+            elif not _is_value(value):
+                yield f"{key} of a setting is {value!r}, expected a finite number, true, false or a word"
+
+
+def _is_value(value: object) -> bool:
+    if isinstance(value, str):
+        return WORD.fullmatch(value) is not None
+    return isinstance(value, bool) or (isinstance(value, Real) and math.isfinite(value))
 
 
 def _unlike(variants: Sequence[Variant]) -> Iterator[str]:
@@ -122,6 +157,19 @@ def _unlike(variants: Sequence[Variant]) -> Iterator[str]:
             yield (
                 f"with {other.name} other tensors are written than with {first.name};"
                 " such settings need merges of their own"
+            )
+
+
+def _without_effect(variants: Sequence[Variant]) -> Iterator[str]:
+    """Outputs with the same rules would be copies of each other."""
+    first: dict[tuple[object, ...], str] = {}
+    for variant in variants:
+        rules = tuple(replace(rule, seed=0) if not rule.trim.drawn else rule for rule in variant.plan.rules)
+        other = first.setdefault(rules, variant.name)
+        if other != variant.name:
+            yield (
+                f"{variant.plan.method.name} does the same with {variant.name} as with {other}:"
+                " what differs has no effect on it"
             )
 
 
@@ -145,8 +193,8 @@ def _with_setting(document: Document, setting: Setting) -> Document:
     return document._replace(text=text, value=changed)
 
 
-def _seed(value: float) -> int:
-    if value != int(value):
+def _seed(value: Value) -> int:
+    if isinstance(value, (bool, str)) or value != int(value):
         raise RecipeError(f"seed of a setting is {value!r}, expected a whole number")
     return int(value)
 

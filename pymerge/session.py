@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
-from inspect import signature
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from pymerge.errors import RecipeError
 from pymerge.methods import Base, Method, method_named
 from pymerge.operands import Operands, expert_list, read_operands
 from pymerge.options import as_name
+from pymerge.plan_sweep import grid
 from pymerge.rule import Rule
 from pymerge.tensor_backends import Wanted, merge_operands
-from pymerge.tensor_rule import members_of, rule_of
+from pymerge.tensor_rule import known_options, members_of, rule_of
 
 if TYPE_CHECKING:
     from pymerge.backends.native import Threshold
@@ -22,10 +21,6 @@ if TYPE_CHECKING:
 # Thresholds of one trim: for each tensor, or for the model as a whole.
 Thresholds: TypeAlias = "Sequence[Sequence[Threshold]]"
 
-# Options of `merge_tensors` that say what a merge is.
-OPTIONS = tuple(
-    name for name, about in signature(rule_of).parameters.items() if about.kind is about.KEYWORD_ONLY
-)
 # Trims whose thresholds are kept, the latest; of 300 tensors and 8 experts they take a megabyte each.
 MOST_KEPT = 32
 
@@ -63,7 +58,7 @@ class Session:
 
     def sweep(
         self,
-        settings: Iterable[Mapping[str, Any]],
+        settings: Iterable[Mapping[str, Any]] | Mapping[str, Iterable[Any]],
         *,
         method: str = "ties",
         outs: Sequence[object | None] | None = None,
@@ -72,12 +67,14 @@ class Session:
     ) -> list[Any]:
         """A merge for each setting, from one reading of the tensors where they differ in lambda alone.
 
-        A setting: options of `merge_tensors` by name, which go before `options`. `outs`: where to write each
-        result; None: new tensors. Each result is that of `merge_tensors`, bit for bit.
+        A setting: options of `merge_tensors` by name, which go before `options`; of a mapping of lists every
+        combination is a setting. `outs`: where to write each result; None: new tensors. Each result is that
+        of `merge_tensors`, bit for bit.
         """
+        listed = grid(settings) if isinstance(settings, Mapping) else list(settings)
         row = method_named(as_name(method, "method"))
         members = members_of(row, self._base, self._experts)
-        rules = [self._rule(row, len(members), {**options, **setting}) for setting in settings]
+        rules = [self._rule(row, len(members), {**options, **setting}) for setting in listed]
         given = list(outs) if outs is not None else [None] * len(rules)
         if len(given) != len(rules):
             raise RecipeError(f"{len(given)} outs for {len(rules)} settings")
@@ -92,11 +89,7 @@ class Session:
         return results
 
     def _rule(self, row: Method, count: int, options: Mapping[str, Any]) -> Rule:
-        for name in options:
-            if name not in OPTIONS:
-                near = get_close_matches(str(name), OPTIONS, 1)
-                hint = f"; did you mean {near[0]}?" if near else ""
-                raise RecipeError(f"{name!r} is not an option of a merge{hint}")
+        options = known_options(options)
         rule = rule_of(row, count, self._base is not None, **options)
         if rule.task_vector and self._base is None:
             raise RecipeError(f"{row.name} works on task vectors, so it needs a base")

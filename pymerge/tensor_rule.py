@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, SupportsFloat, SupportsIndex
 
 from pymerge.errors import ProblemList, RecipeError
@@ -109,3 +112,22 @@ def members_of(row: Method, base: object | None, experts: list[Any]) -> list[Any
 def _first(*given: object) -> object:
     """The first that is not None; None where all are."""
     return next((value for value in given if value is not None), None)
+
+
+# Options of `merge_tensors` that say what a merge is.
+OPTIONS = tuple(
+    name for name, about in signature(rule_of).parameters.items() if about.kind is about.KEYWORD_ONLY
+)
+# As recipes call it.
+LAMBDA = "lambda"
+
+
+def known_options(options: Mapping[str, Any], more: Sequence[str] = ()) -> dict[str, Any]:
+    """The options by the names of `merge_tensors`; RecipeError for one that neither it nor `more` knows."""
+    known = (*OPTIONS, *more)
+    for name in options:
+        if name not in known and name != LAMBDA:
+            near = get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise RecipeError(f"{name!r} is not an option of a merge{hint}")
+    return {"lambda_" if name == LAMBDA else name: value for name, value in options.items()}

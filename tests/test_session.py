@@ -89,6 +89,13 @@ def test_a_sweep_gives_a_result_for_each_setting_in_order() -> None:
     assert len({result["b"].data_ptr() for result in results}) == len(results)
 
 
+def test_lambda_has_two_names_and_lists_make_a_grid() -> None:
+    session = Session(BASE, MODELS)
+    results = session.sweep({"density": [0.2, 0.4], "lambda": [0.5]})
+    for density, result in zip((0.2, 0.4), results, strict=True):
+        assert same(result, merge_tensors(BASE, MODELS, density=density, lambda_=0.5))
+
+
 def test_thresholds_are_searched_once(runs: list[native.Report]) -> None:
     base, experts = BASE["b"], [expert["b"] for expert in MODELS]
     session = Session(base, experts)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from made import recipe_text, write_checkpoint
@@ -105,8 +107,8 @@ slices:
 
 def test_seeds_are_swept_too(family: Path) -> None:
     text = recipe(family, "dare_linear")
-    results = pymerge.sweep(text, family / "out", [{"seed": seed} for seed in (0, 1, 0.0 + 2)])
-    assert [result.out.name for result in results] == ["seed0", "seed1", "seed2"]
+    results = pymerge.sweep(text, family / "out", [{"seed": seed} for seed in (0, 1.0, 2**64 - 1)])
+    assert [result.out.name for result in results] == ["seed0", "seed1", f"seed{2**64 - 1}"]
     assert len({weights(result.out)["model.safetensors"] for result in results}) == 3
     pymerge.merge(text, family / "alone")
     assert weights(family / "alone") == weights(family / "out" / "seed0")
@@ -167,7 +169,7 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(family: Path) -> None:
         ({"dense": [0.2]}, "unknown key 'dense'; did you mean density"),
         ({"seed": [0.5]}, "seed of a setting is 0.5, expected a whole number"),
         ({"scope": [1]}, "scope"),
-        ({"density": 0.2}, "density of the sweep is 0.2, expected a list of numbers"),
+        ({"density": 0.2}, "density of the sweep is 0.2, expected a list of values"),
     ],
 )
 def test_wrong_settings(settings: object, sentence: str, family: Path) -> None:
@@ -177,6 +179,40 @@ def test_wrong_settings(settings: object, sentence: str, family: Path) -> None:
 
     assert re.search(sentence, str(caught.value)), str(caught.value)
     assert not (family / "out").exists()
+
+
+def test_flags_words_and_other_kinds_of_numbers(family: Path) -> None:
+    values: dict[str, Any] = {
+        "normalize": [True, False],
+        "lambda_": np.array([0.5], np.float32),
+        "threshold_ties": ["all"],
+    }
+    results = pymerge.sweep(recipe(family), family / "out", values)
+    assert [result.out.name for result in results] == [
+        "normalize-true-lambda0.5-threshold_ties-all",
+        "normalize-false-lambda0.5-threshold_ties-all",
+    ]
+    for number, result in enumerate(results):
+        alone = family / f"alone{number}"
+        text = recipe(family, normalize=number == 0, threshold_ties="all", lambda_=0.5)
+        pymerge.merge(text, alone)
+        assert weights(result.out) == weights(alone)
+
+
+def test_settings_without_effect_are_refused(family: Path) -> None:
+    base = family / "base"
+    text = recipe_text("task_arithmetic", [family / "one"], base)
+    with pytest.raises(ProblemList, match=r"does the same with density0\.4 as with density0\.2"):
+        pymerge.sweep(text, family / "out", {"density": [0.2, 0.4]})
+    with pytest.raises(ProblemList, match="does the same with seed1 as with seed0"):
+        pymerge.sweep(text, family / "out", {"seed": [0, 1]})
+    assert not (family / "out").exists()
+
+
+def test_a_parsed_recipe_is_refused(family: Path) -> None:
+    parsed = pymerge.parse_recipe(recipe(family), family)
+    with pytest.raises(PymergeError, match="a sweep takes a recipe's path or text"):
+        pymerge.sweep(parsed, family / "out", VALUES)  # type: ignore[arg-type]
 
 
 def test_a_wrong_recipe_is_told_once(family: Path) -> None:
@@ -227,6 +263,11 @@ def test_the_command(family: Path) -> None:
     assert (code, output.count("merged before, kept")) == (0, 4)
     code, output = run(names[0], str(family / "json"), "--lambda", "1,2", "--json")
     assert [row["setting"] for row in json.loads(output)] == [{"lambda": 1.0}, {"lambda": 2.0}]
+    code, output = run(names[0], str(family / "more"), "--lambda", "1", "--lambda", "2", "--set", "lambda=3")
+    assert sorted(path.name for path in (family / "more").iterdir()) == ["lambda1", "lambda2", "lambda3"]
+    flags = ["--set", "normalize=true,false", "--set", "threshold_ties=first"]
+    code, output = run(names[0], str(family / "flags"), *flags)
+    assert code == 0, output
 
 
 @pytest.mark.parametrize(
@@ -236,7 +277,7 @@ def test_the_command(family: Path) -> None:
         ["--density", "0.2,x"],
         ["--density", ""],
         ["--set", "density"],
-        ["--lambda", "1", "--set", "lambda=2"],
+        ["--lambda", "1", "--set", "lambda=1"],
     ],
 )
 def test_wrong_options(options: list[str], family: Path) -> None:

@@ -108,8 +108,13 @@ def index_json(layouts: Sequence[ShardLayout]) -> bytes | None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes for "5GB", "500 MB", "1.5GB" (decimal units), "4GiB" (binary units) or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", text.upper(), re.ASCII)
+    """Bytes for "5GB", "500 MB", "1.5GB" (decimal units), "4GiB" (binary units) or a plain number.
+
+    Not "5B": mergekit's shard sizes count parameters so. Raises PymergeError.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)(B?)\s*", text.upper(), re.ASCII)
+    if match and match[4] and not match[2] and not match[3]:
+        raise PymergeError(f"{shown(text)} would be single bytes, not billions; did you mean {match[1]}GB?")
     units = _BINARY_UNITS if match and match[3] else _UNITS
     # Digits are bounded so that no conversion overflows.
     size = int(float(match[1]) * units[match[2]]) if match and match[2] in units and len(text) < 32 else 0
