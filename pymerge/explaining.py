@@ -33,8 +33,8 @@ def explain(method: Method, preset: Preset = Preset.MERGEKIT) -> str:
 
 def _meant(assumed: Defaults) -> Iterator[str]:
     """What a preset means beside numbers."""
-    if assumed.one_more:
-        yield "one entry more than int(density * n) is kept"
+    if assumed.normalize is not None:
+        yield f"what agrees is {'averaged' if assumed.normalize else 'summed'}"
     if assumed.by_density:
         yield "what is kept is divided by the density, unless rescale is given"
     if assumed.plain_vote:
@@ -107,6 +107,7 @@ _TRIMS = {
     Trim.VARIANCE: "keep the share select_topk of the entries that are not all equal, where they vary most",
     Trim.IMPORTANCE: "keep what is at least the median plus 1.5 interquartile ranges",
 }
+ONE_MORE = "keep the int(density * n) + 1 largest |d|, and all that equal the smallest of them"
 _FUSES = {
     Fuse.SWAP: "share * x + (1 - share) * base, share = t / |x - base| between 0 and 1",
     Fuse.OVERLAP: "the mean of the entries past epsilon; one alone goes whole",
@@ -137,7 +138,7 @@ def _explained(method: Method, assumed: Defaults) -> list[tuple[str, str]]:
         ("inputs", f"{streams}, one weight for each expert" if method.weighted else streams),
         ("defaults", ", ".join(defaults_in_words(method, assumed)) or "none"),
         ("statistics", _statistics(method)),
-        ("trim", _TRIMS[method.trim]),
+        ("trim", ONE_MORE if assumed.one_more else _TRIMS[method.trim]),
         ("elect", _elect(method)),
         ("combine", _combine(method)),
         ("passes", number),
@@ -175,7 +176,8 @@ def _combine(method: Method) -> str:
         if "alpha" in method.own:
             combine += ", times its expert's factor"
     else:
-        combine = f"sum of {'coefficient' if method.blend else 'weight'} * entry"
+        factor = "coefficient * " if method.blend else "weight * " if method.weighted else ""
+        combine = f"sum of {factor}entry" if factor else "the kept entry"
         if method.normalize:
             combine += ", divided by the sum of the weights that took part"
     added = {
@@ -194,7 +196,8 @@ def _passes(method: Method) -> tuple[str, int]:
     if method.trim is Trim.IMPORTANCE:
         return "3 (more for tensors whose scores are not held in memory)", 3
     if method.rescale:
-        return "2 while density < 1 (1 with rescale: false)", 2
+        long = ", one more where rows are longer than 65,536" if method.trim is Trim.RANKED else ""
+        return f"2 while density < 1 (1 with rescale: false){long}", 2
     if "alpha" in method.own:
         return "2 (1 while r or alpha is 0)", 2
     return ("1 (2 with rescale: true)" if method.dense else "1"), 1

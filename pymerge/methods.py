@@ -122,7 +122,7 @@ _ROWS = (
     ),
     Method(
         name="della",
-        summary="drop random entries of each task vector, sooner the smaller in its row, then as dare_ties",
+        summary="drop random entries of each task vector, sooner the smaller in its row, then elect and average",
         paper="https://arxiv.org/abs/2406.11617",
         trim=Trim.RANKED,
         elect=True,

@@ -274,7 +274,8 @@ def test_explain_of_ram_mentions_no_factor() -> None:
 def test_explain_of_a_preset() -> None:
     paper = explain(TIES, Preset.PAPER)
     assert "weight 1, normalize true, density 0.2, rescale false, scope model, threshold_ties all" in paper
-    assert "preset      paper; one entry more than int(density * n) is kept; where the kept" in paper
+    assert "preset      paper; where the kept" in paper
+    assert "keep the int(density * n) + 1 largest |d|, and all that equal" in paper
     assert "lambda 0.3" in explain(TIES, Preset.FUSIONBENCH)
     divided = explain(METHODS["dare_linear"], Preset.PAPER)
     assert "what is kept is divided by the density" in divided
