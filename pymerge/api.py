@@ -123,11 +123,12 @@ def sweep(
     after them, `density0.1-lambda1`. What an interrupted sweep has finished is kept. Other arguments as in
     `merge`. Raises PymergeError.
     """
-    from pymerge.plan_sweep import grid, plan_sweep
+    from pymerge.plan_sweep import plan_sweep
+    from pymerge.plan_sweep import settings_of as listed
     from pymerge.run.settings import settings_for
     from pymerge.run.sweep import execute_sweep
 
-    wanted = grid(settings) if isinstance(settings, Mapping) else list(settings)
+    wanted = listed(settings)
     options = _options(max_shard_size, dtype)
     if isinstance(recipe, Recipe):
         raise PymergeError("a sweep takes a recipe's path or text: other parameters make another text")
@@ -147,6 +148,10 @@ class _Options(TypedDict):
 
 def _options(max_shard_size: int | str, dtype: DType | str | None) -> _Options:
     """As `make_plan` takes them."""
+    if isinstance(max_shard_size, bool) or not isinstance(max_shard_size, (int, str)):
+        raise PymergeError(f"max_shard_size is {max_shard_size!r}, expected bytes or text such as '5GB'")
+    if dtype is not None and not isinstance(dtype, (str, DType)):
+        raise PymergeError(f"dtype is {dtype!r}, expected a name such as 'bfloat16'")
     size = max_shard_size if isinstance(max_shard_size, int) else parse_size(max_shard_size)
     if size < 1:
         raise PymergeError(f"a shard must hold at least one byte, not {size}")

@@ -122,7 +122,7 @@ _ROWS = (
     ),
     Method(
         name="della",
-        summary="drop random entries of each task vector, sooner the smaller in its row, then elect and average",
+        summary="drop random entries of each task vector, sooner the smaller in its row, elect, average",
         paper="https://arxiv.org/abs/2406.11617",
         trim=Trim.RANKED,
         elect=True,

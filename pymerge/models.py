@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -107,8 +107,10 @@ def merge_into(
     others = members if origin is None or origin is target else [origin, *members]
     choice = _choice(only, exclude, [target, *others])
     groups = _groups(target, choice)
+    _check_apart(groups, target)
+    own = _addresses(model) if _is_module(model) else None
     for group in groups:
-        _check_target(group, target)
+        _check_target(group, target, own)
         _check_tied(group, target, others)
     merged = _merged(target, _inputs(target, others, groups, choice), origin, members, method, options)
     for name, result in merged.items():
@@ -129,11 +131,18 @@ def _model(role: str, given: Any) -> Model:
     if not _is_module(given) and not isinstance(given, Mapping):
         raise BackendError(f"{role} is {what(given)}, expected a torch module or a dict of tensors")
     state = given.state_dict() if _is_module(given) else given
+    if not isinstance(state, Mapping):
+        raise BackendError(f"{role}: state_dict() gives {what(state)}, expected a dict of tensors")
+    for name in state:
+        if not isinstance(name, str):
+            raise BackendError(f"{role} has a tensor named {name!r}, but names must be text")
     rest = {name: value for name, value in state.items() if str(name).endswith(EXTRA_STATE)}
     tensors = {name: value for name, value in state.items() if name not in rest}
     for name, value in tensors.items():
         if kind_of(value) is None:
             raise BackendError(f"{role}: {name!r} is {what(value)}, expected a tensor")
+        if hasattr(value, "materialize"):  # torch's lazy modules before their first call
+            raise BackendError(f"{role}: {name!r} has no shape before the model is called for the first time")
     return Model(role, tensors, rest)
 
 
@@ -146,7 +155,10 @@ def _choice(
     only: str | Iterable[str] | None, exclude: str | Iterable[str] | None, models: Sequence[Model]
 ) -> Choice:
     """RecipeError for a pattern that no name matches: it would do nothing, silently."""
-    choice = Choice(None if only is None else _patterns("only", only), _patterns("exclude", exclude or ()))
+    choice = Choice(
+        None if only is None else _patterns("only", only),
+        () if exclude is None else _patterns("exclude", exclude),
+    )
     for option, patterns in (("only", choice.only or ()), ("exclude", choice.exclude)):
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for model in models for name in model.tensors):
@@ -155,7 +167,7 @@ def _choice(
 
 
 def _patterns(option: str, given: str | Iterable[str]) -> tuple[str, ...]:
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
         return (as_name(given, option),)
     return tuple(as_name(pattern, option) for pattern in given)
 
@@ -218,12 +230,41 @@ def _same(one: Array, other: Array) -> bool:
     return alike and kind.equal(one, other)
 
 
-def _check_target(group: Tied, target: Model) -> None:
-    """BackendError for a tensor that could not be written once everything is computed."""
-    array = target.tensors[group.names[0]]
+def _check_target(group: Tied, target: Model, own: Collection[int] | None) -> None:
+    """BackendError for a tensor that could not be written once everything is computed.
+
+    `own`: where a module's parameters and buffers lie.
+    """
+    name = group.names[0]
+    array = target.tensors[name]
     fault = _kind(array).write_fault(array)
     if fault is not None:
-        raise BackendError(f"tensor {group.names[0]!r}: {target.role} {fault}")
+        raise BackendError(f"tensor {name!r}: {target.role} {fault}")
+    if own is not None and _kind(array).count(array) and array.untyped_storage().data_ptr() not in own:
+        raise BackendError(f"tensor {name!r}: state_dict() of the {target.role} gives a copy of it")
+
+
+def _addresses(module: Any) -> set[int]:
+    own = (*module.parameters(), *module.buffers())
+    return {int(x.untyped_storage().data_ptr()) for x in own}
+
+
+def _check_apart(groups: Sequence[Tied], target: Model) -> None:
+    """BackendError where writing one tensor would change another that is not the same."""
+    group_of = {name: number for number, group in enumerate(groups) for name in group.names}
+    spans = []
+    for name, array in target.tensors.items():
+        if _memory(array) is not None:
+            spans.append((*_kind(array).bounds(array), name))
+    end, last = 0, ""
+    for start, stop, name in sorted(spans):
+        several = last and start < end and group_of.get(name, -1) != group_of.get(last, -2)
+        if several and (name in group_of or last in group_of):
+            raise BackendError(
+                f"{last!r} and {name!r} of the {target.role} share memory, so neither can be merged alone"
+            )
+        if stop > end:
+            end, last = stop, name
 
 
 def _inputs(

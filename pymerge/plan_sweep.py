@@ -52,6 +52,19 @@ def grid(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(values, row, strict=True)) for row in itertools.product(*values.values())]
 
 
+def settings_of(given: object) -> list[dict[str, Any]]:
+    """The settings of a sweep: those given, or every combination of the values given. Raises RecipeError."""
+    if isinstance(given, Mapping):
+        return grid(given)
+    if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+        raise RecipeError(f"the settings of the sweep are {given!r}, expected values for each parameter")
+    settings = list(given)
+    for setting in settings:
+        if not isinstance(setting, Mapping):
+            raise RecipeError(f"a setting of the sweep is {setting!r}, expected a value for each parameter")
+    return [dict(setting) for setting in settings]
+
+
 def plan_sweep(
     document: Document, settings: Sequence[Setting], out: Path | None, **options: Any
 ) -> tuple[Variant, ...]:
@@ -146,14 +159,19 @@ def _wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
 def _is_value(value: object) -> bool:
     if isinstance(value, str):
         return WORD.fullmatch(value) is not None
-    return isinstance(value, bool) or (isinstance(value, Real) and math.isfinite(value))
+    try:
+        return isinstance(value, bool) or (isinstance(value, Real) and math.isfinite(value))
+    except OverflowError:  # a whole number that is no float
+        return False
 
 
 def _unlike(variants: Sequence[Variant]) -> Iterator[str]:
     """Outputs are merged together, so all must be made of the same tensors in the same files."""
     first = variants[0]
     for other in variants[1:]:
-        if other.plan.scope is not first.plan.scope or other.plan.layouts != first.plan.layouts:
+        if other.plan.scope is not first.plan.scope:
+            yield f"{other.name} and {first.name} differ in scope; such settings need merges of their own"
+        elif other.plan.layouts != first.plan.layouts:
             yield (
                 f"with {other.name} other tensors are written than with {first.name};"
                 " such settings need merges of their own"
@@ -175,13 +193,16 @@ def _without_effect(variants: Sequence[Variant]) -> Iterator[str]:
 
 def _with_setting(document: Document, setting: Setting) -> Document:
     """The document as if it had been written with the setting's parameters."""
-    import yaml
+    from pymerge.recipe_yaml import write_yaml
 
     value = document.value
     if not isinstance(value, dict):
         return document  # which its draft will say
     parameters = {key: number for key, number in setting.items() if key != SEED}
-    changed = _without(value, frozenset(parameters))
+    try:
+        changed = _without(value, frozenset(parameters))
+    except RecursionError:
+        raise RecipeError("the recipe contains itself, by an alias within its anchor") from None
     if SEED in setting:
         changed[SEED] = _seed(setting[SEED])
     if parameters:
@@ -189,7 +210,7 @@ def _with_setting(document: Document, setting: Setting) -> Document:
         if not isinstance(given, dict):
             return document
         changed["parameters"] = {**given, **parameters}
-    text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True)
+    text = write_yaml(changed)
     return document._replace(text=text, value=changed)
 
 

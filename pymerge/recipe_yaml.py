@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from pymerge.errors import RecipeError
 from pymerge.text import is_unicode
 
+_FLOAT = re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$")
 _BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?$")
 
 
@@ -36,11 +38,20 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\.\d+|\d+\.\d*|\d+(?=[eE]))([eE][-+]?\d+)?$"),
-    list("-+.0123456789"),
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what is text in one version of YAML and a number in another."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*resolvers] for first, resolvers in yaml.SafeDumper.yaml_implicit_resolvers.items()
+}
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 for _first in "-+0123456789":
     _resolvers = _Loader.yaml_implicit_resolvers[_first]
     _dated = [pair for pair in _resolvers if pair[0] != "tag:yaml.org,2002:timestamp"]
@@ -79,6 +90,16 @@ def read_yaml(text: str) -> list[tuple[str, object]]:
     finally:
         if loader is not None:
             loader.dispose()
+
+
+def write_yaml(value: Any) -> str:
+    """YAML that `read_yaml` reads as `value`, and YAML 1.1 too."""
+    text = str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    try:
+        same = read_yaml(text)[0][1] == value
+    except RecipeError:
+        same = False
+    return text if same else json.dumps(value, indent=2)  # of odd characters JSON escapes all
 
 
 def _yaml_sentence(error: yaml.YAMLError) -> str:

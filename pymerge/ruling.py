@@ -147,7 +147,8 @@ def _ranked_problems(
     if len(epsilons) != len(densities):
         return [f"{len(epsilons)} epsilons for {len(densities)} experts"]
     return [
-        f"density {density:g} of {who} less and plus epsilon {epsilon!r} must lie between 0 and 1"
+        f"density {density:g} of {who} less and plus epsilon {epsilon!r}"
+        " must lie between 0 and 1, both excluded"
         for density, epsilon, who in zip(densities, epsilons, names or _numbers(len(densities)), strict=True)
         if 0 < density < 1 and not (epsilon >= 0 and density - epsilon > 0 and density + epsilon < 1)
     ]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 from pymerge.errors import RecipeError
 from pymerge.methods import Base, Method, method_named
 from pymerge.operands import Operands, expert_list, read_operands
 from pymerge.options import as_name
-from pymerge.plan_sweep import grid
+from pymerge.plan_sweep import settings_of
 from pymerge.rule import Rule
 from pymerge.tensor_backends import Wanted, merge_operands
 from pymerge.tensor_rule import known_options, members_of, rule_of
@@ -47,6 +48,7 @@ class Session:
         Wanted.of(backend, threads, None)
         self._read: dict[tuple[bool, Base], Operands] = {}
         self._kept: OrderedDict[tuple[object, ...], Thresholds] = OrderedDict()
+        self._keeping = Lock()
         if self._experts:
             self._operands(base is not None, Base.ORIGIN)
 
@@ -71,10 +73,15 @@ class Session:
         combination is a setting. `outs`: where to write each result; None: new tensors. Each result is that
         of `merge_tensors`, bit for bit.
         """
-        listed = grid(settings) if isinstance(settings, Mapping) else list(settings)
+        listed = settings_of(settings)
+        options = {
+            name: list(value) if isinstance(value, Iterator) else value for name, value in options.items()
+        }
         row = method_named(as_name(method, "method"))
         members = members_of(row, self._base, self._experts)
         rules = [self._rule(row, len(members), {**options, **setting}) for setting in listed]
+        if outs is not None and (isinstance(outs, Mapping) or not isinstance(outs, Sequence)):
+            raise RecipeError(f"outs is a {type(outs).__name__}, expected a list with one for each setting")
         given = list(outs) if outs is not None else [None] * len(rules)
         if len(given) != len(rules):
             raise RecipeError(f"{len(given)} outs for {len(rules)} settings")
@@ -123,10 +130,11 @@ class Session:
         if not rule.trim.by_magnitude or not any(thresholds):
             return
         trim = _trim_of(rule)
-        self._kept[trim] = thresholds
-        self._kept.move_to_end(trim)
-        while len(self._kept) > MOST_KEPT:
-            self._kept.popitem(last=False)
+        with self._keeping:
+            self._kept[trim] = thresholds
+            self._kept.move_to_end(trim)
+            while len(self._kept) > MOST_KEPT:
+                self._kept.popitem(last=False)
 
 
 def _trim_of(rule: Rule) -> tuple[object, ...]:

@@ -76,7 +76,9 @@ def merge_operands(
     variants = stacked(operands, outs, wanted.dtype)
     merged = []
     for stacks, rule in zip(variants, rules, strict=True):
-        copied = {stack.name for stack in stacks if _is_copy(stack, operands.dtypes[stack.name], rule)}
+        # The core copies by itself where a rule says so.
+        copying = rule.copy and chosen is not Backend.CPU
+        copied = {stack.name for stack in stacks if _is_copy(stack, operands.dtypes[stack.name], copying)}
         merged.append([stack for stack in stacks if stack.name not in copied])
         for stack in stacks:
             if stack.name in copied:
@@ -92,9 +94,9 @@ def merge_operands(
     return [result if is_dict else result[""] for result in results], report
 
 
-def _is_copy(stack: Stack, dtype: DType, rule: Rule) -> bool:
+def _is_copy(stack: Stack, dtype: DType, copying: bool) -> bool:
     """Whether the first input's bytes are the result."""
-    return not dtype.mergeable or (rule.copy and dtype_of(stack.inputs[0]) is dtype_of(stack.out))
+    return not dtype.mergeable or (copying and dtype_of(stack.inputs[0]) is dtype_of(stack.out))
 
 
 def choose_backend(wanted: Backend | None, device: str, has_kernels: bool = True) -> Backend:

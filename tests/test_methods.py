@@ -141,12 +141,12 @@ def test_bad_numbers(given: dict[str, object], sentence: str) -> None:
         (
             "della",
             {"densities": [0.9]},
-            "density 0.9 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1",
+            "density 0.9 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1, both excluded",
         ),
         (
             "della",
             {"densities": [0.1]},
-            "density 0.1 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1",
+            "density 0.1 of expert 0 less and plus epsilon 0.15 must lie between 0 and 1, both excluded",
         ),
         (
             "della",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -236,3 +238,57 @@ def test_modules_that_can_be_iterated_are_no_list() -> None:
 def test_models_that_cannot_be_written(array: Any, text: str) -> None:
     ones = np.ones(3, np.float32) if isinstance(array, np.ndarray) else torch.ones(3)
     refused(BackendError, text, lambda: pymerge.merge_into({"w": array}, [{"w": ones}], method="linear"))
+
+
+W = torch.zeros(10)
+OVERLAPPING: dict[str, Any] = {
+    "a window that slides": {"w": W.as_strided((3, 3), (1, 1))},
+    "parts": {"a": W[:6], "b": W[4:]},
+    "two shapes": {"w": W, "v": W.view(2, 5)},
+    "a transpose": {"w": W[:9].view(3, 3), "t": W[:9].view(3, 3).t()},
+}
+
+
+@pytest.mark.parametrize("name", list(OVERLAPPING))
+def test_tensors_that_overlap_are_not_merged_into(name: str) -> None:
+    model = OVERLAPPING[name]
+    expert = {key: torch.ones(x.shape) for key, x in model.items()}
+    text = "several elements at one address" if len(model) == 1 else "share memory, so neither"
+    refused(BackendError, text, lambda: pymerge.merge_into(model, [expert], method="linear"))
+    assert not W.any()
+
+
+def test_what_is_excluded_is_not_changed_through_another_name(models: list[Small]) -> None:
+    before = bits(models[0])
+    refused(
+        BackendError,
+        "'embed.weight' and 'head.weight' of the model share memory",
+        lambda: pymerge.merge_into(models[0], models[1:], exclude="head.*", **OPTIONS),
+    )
+    assert_equal(bits(models[0]), before)
+
+
+def test_a_state_dict_of_copies_is_not_merged_into() -> None:
+    class Copying(nn.Linear):  # type: ignore[misc]
+        def state_dict(self, *given: Any, **more: Any) -> dict[str, Any]:
+            return {name: x.clone() for name, x in super().state_dict(*given, **more).items()}
+
+    model = Copying(2, 2)
+    refused(
+        BackendError,
+        r"state_dict\(\) of the model gives a copy of it",
+        lambda: pymerge.merge_into(model, [Copying(2, 2)], method="linear"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ({1: torch.ones(2)}, "has a tensor named 1, but names must be text"),
+        (nn.LazyLinear(3), "has no shape before the model is called"),
+    ],
+)
+def test_models_without_names_or_shapes(model: Any, text: str) -> None:
+    calls: tuple[Callable[..., Any], ...] = (pymerge.merge_state_dicts, pymerge.merge_into)
+    for call in calls:
+        refused(BackendError, text, partial(call, model, [model], method="linear", only="*"))

@@ -96,6 +96,14 @@ def test_lambda_has_two_names_and_lists_make_a_grid() -> None:
         assert same(result, merge_tensors(BASE, MODELS, density=density, lambda_=0.5))
 
 
+def test_a_copy_and_a_multiple_in_one_sweep() -> None:
+    for backend in ("cpu", "reference"):
+        session = Session(None, MODELS[:1], backend=backend)
+        results = session.sweep({"scale": [1, 2, 0.5]}, method="passthrough")
+        for scale, result in zip((1, 2, 0.5), results, strict=True):
+            assert same(result, merge_tensors(None, MODELS[:1], method="passthrough", scale=scale))
+
+
 def test_thresholds_are_searched_once(runs: list[native.Report]) -> None:
     base, experts = BASE["b"], [expert["b"] for expert in MODELS]
     session = Session(base, experts)
@@ -157,6 +165,9 @@ def test_outs_and_types() -> None:
         (lambda s: s.merge(method="tie"), "did you mean ties"),
         (lambda s: s.merge(density=2), "density of expert 0 is 2.0, which is outside 0 to 1"),
         (lambda s: s.sweep([{"density": 0.1}, {"out": 1}]), "'out' is not an option of a merge"),
+        (lambda s: s.sweep(None), "the settings of the sweep are None"),
+        (lambda s: s.sweep(["density"]), "a setting of the sweep is 'density'"),
+        (lambda s: s.sweep([{}], outs=3), "outs is a int, expected a list"),
     ],
 )
 def test_wrong_options(call: Any, sentence: str) -> None:

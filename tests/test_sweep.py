@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,14 +170,18 @@ def test_what_is_there_is_kept_and_what_is_new_is_added(family: Path) -> None:
         ({"dense": [0.2]}, "unknown key 'dense'; did you mean density"),
         ({"seed": [0.5]}, "seed of a setting is 0.5, expected a whole number"),
         ({"scope": [1]}, "scope"),
+        ({"scope": ["tensor", "model"]}, "scope-model and scope-tensor differ in scope"),
+        ({"density": [10**400]}, "expected a finite number"),
+        ("density", "the settings of the sweep are 'density', expected values for each parameter"),
+        (None, "the settings of the sweep are None"),
+        (["density"], "a setting of the sweep is 'density', expected a value for each parameter"),
+        ([None], "a setting of the sweep is None"),
         ({"density": 0.2}, "density of the sweep is 0.2, expected a list of values"),
     ],
 )
 def test_wrong_settings(settings: object, sentence: str, family: Path) -> None:
     with pytest.raises(PymergeError) as caught:
         pymerge.sweep(recipe(family), family / "out", settings)  # type: ignore[arg-type]
-    import re
-
     assert re.search(sentence, str(caught.value)), str(caught.value)
     assert not (family / "out").exists()
 
@@ -206,6 +211,51 @@ def test_settings_without_effect_are_refused(family: Path) -> None:
         pymerge.sweep(text, family / "out", {"density": [0.2, 0.4]})
     with pytest.raises(ProblemList, match="does the same with seed1 as with seed0"):
         pymerge.sweep(text, family / "out", {"seed": [0, 1]})
+    assert not (family / "out").exists()
+
+
+def test_a_copy_and_a_multiple(family: Path) -> None:
+    text = recipe_text("passthrough", [family / "one"], None)
+    results = pymerge.sweep(text, family / "out", {"scale": [1, 0.5, 2]}, max_shard_size=SMALL)
+    for number, result in enumerate(results):
+        pymerge.merge(result.out / "mergekit_config.yml", family / f"s{number}", max_shard_size=SMALL)
+        assert weights(result.out) == weights(family / f"s{number}")
+
+
+@pytest.mark.parametrize(
+    "name", ["1e5", "1e-3", "12e03", "-.5", "3e+4", "1:30", "2026-01-31", "a\x85b", "no"]
+)
+def test_names_that_look_like_something_else(name: str, family: Path) -> None:
+    write_checkpoint(family / name, 5, shapes=SHAPES)
+    (family / "recipe.yml").write_text(recipe_text("task_arithmetic", ["one", name], "base"))
+    (result,) = pymerge.sweep(family / "recipe.yml", family / "out", {"lambda": [0.5]})
+    text = (result.out / "mergekit_config.yml").read_text()
+    pymerge.merge(pymerge.parse_recipe(text, family), family / "alone")
+    assert weights(result.out) == weights(family / "alone")
+
+
+def test_a_recipe_that_contains_itself(family: Path) -> None:
+    text = recipe(family).replace("{", "{x: &p [*p], ", 1)
+    with pytest.raises(PymergeError, match="the recipe contains itself"):
+        pymerge.sweep(text, family / "out", VALUES)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"threads": "2"}, "threads is '2', expected a whole number"),
+        ({"threads": 1.5}, "threads is 1.5, expected a whole number"),
+        ({"max_shard_size": 1.5}, "max_shard_size is 1.5"),
+        ({"dtype": 3}, "dtype is 3"),
+    ],
+)
+def test_options_of_wrong_types(options: dict[str, Any], sentence: str, family: Path) -> None:
+    for call in (
+        lambda: pymerge.sweep(recipe(family), family / "out", VALUES, **options),
+        lambda: pymerge.merge(recipe(family), family / "out", **options),
+    ):
+        with pytest.raises(PymergeError, match=re.escape(sentence)):
+            call()
     assert not (family / "out").exists()
 
 

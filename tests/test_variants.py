@@ -117,3 +117,11 @@ def test_variants_in_lambda_alone_cost_one_reading() -> None:
     _, report = run_variants(group, wanted, Settings())
     assert report.bytes_read == (EXPERTS + 1) * 200_000 * 2
     assert report.bytes_written == 16 * 200_000 * 2
+
+
+@pytest.mark.parametrize("scales", [(1.0, 0.5), (0.5, 1.0, 1.0, 2.0), (1.0, 1.0)])
+def test_some_variants_copy_where_others_scale(scales: Sequence[float]) -> None:
+    group = tensors([(90_001,), (17,), (0,)], torch.bfloat16)
+    alone = replace(group, bases=None, experts=[xs[:1] for xs in group.experts])
+    wanted = [rule_for(METHODS["passthrough"], weights=[1.0], options={"scale": scale}) for scale in scales]
+    check(alone, wanted, Settings(threads=2))

@@ -84,15 +84,19 @@ void merge_or_copy(RunContext& run, Family family, int64_t number, Crew& crew, B
       run.report.elements += run.jobs[size_t(job)].count;
       run.report.bytes_written += run.jobs[size_t(job)].count * run.jobs[size_t(job)].out.item;
     }
-  if (run.jobs[size_t(family[0][0])].rule < 0) {
-    for (const auto& jobs : family) copy_equal(run, jobs[0], crew);
-    return;
+  Family merged;  // a rule may copy where another one scales
+  for (auto& jobs : family) {
+    if (run.jobs[size_t(jobs[0])].rule < 0)
+      copy_equal(run, jobs[0], crew);
+    else
+      merged.push_back(std::move(jobs));
   }
-  const bool in_double = std::any_of(family[0].begin(), family[0].end(), [&](int64_t job) {
+  if (merged.empty()) return;
+  const bool in_double = std::any_of(merged[0].begin(), merged[0].end(), [&](int64_t job) {
     return JobView::natural_kernel(run.jobs[size_t(job)]) == DType::f64;
   });
-  in_double ? merge_family<double>(run, family, number, crew, held)
-            : merge_family<float>(run, family, number, crew, held);
+  in_double ? merge_family<double>(run, merged, number, crew, held)
+            : merge_family<float>(run, merged, number, crew, held);
 }
 
 void run_family(RunContext& run, const Family& family, int64_t number, Crew& crew, Buffer* held) {

@@ -64,6 +64,22 @@ def _bounds(start: int, shape: Sequence[int], strides: Sequence[int], item: int)
     return start + sum(r for r in reach if r < 0), start + sum(r for r in reach if r > 0) + item
 
 
+SHARED = "has several elements at one address"
+
+
+def _overlaps(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether elements of a strided array may share memory, as expand() and as_strided() make them."""
+    if 0 in shape:
+        return False
+    reach = 0  # of the axes with shorter steps
+    axes = ((abs(step), size) for step, size in zip(strides, shape, strict=True) if size > 1)
+    for step, size in sorted(axes):
+        if step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
+
+
 class _Numpy:
     name = "numpy.ndarray"
 
@@ -79,7 +95,11 @@ class _Numpy:
         return "must be contiguous and aligned" if not (flags.c_contiguous and flags.aligned) else None
 
     def write_fault(self, array: Array) -> str | None:
-        return self.fault(array) or (None if array.flags.writeable else "is read-only")
+        if fault := self.fault(array):
+            return fault
+        if not array.flags.writeable:
+            return "is read-only"
+        return SHARED if _overlaps(array.shape, array.strides) else None
 
     def device(self, array: Array) -> str:
         return "cpu"
@@ -156,9 +176,7 @@ class _Torch:
         return None if array.is_contiguous() and not array.is_neg() else "must be contiguous"
 
     def write_fault(self, array: Array) -> str | None:
-        # Elements that share memory, as expand() makes them, cannot be written.
-        shared = any(not step and size > 1 for step, size in zip(array.stride(), array.shape, strict=True))
-        return self.fault(array) or ("has several elements at one address" if shared else None)
+        return self.fault(array) or (SHARED if _overlaps(array.shape, array.stride()) else None)
 
     def device(self, array: Array) -> str:
         return str(array.device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from pymerge.backends.native import NativeRun, OpenFile, Report, Settings
+from pymerge.backends.native import NativeRun, OpenFile, Report, Settings, available_cores
 from pymerge.checkpoint.durable import writing
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
@@ -174,7 +174,9 @@ class _Runner:
 
     def merge_shards(self) -> None:
         """Scope tensor: one run for each output shard; the shard before is flushed and hashed meanwhile."""
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="finish") as finisher:
+        # What is left to hash when the last merge ends would keep but one processor busy.
+        workers = min(len(self.outputs), available_cores())
+        with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="finish") as finisher:
             pending: list[Future[None]] = []
             for number in range(len(self.plan.layouts)):
                 parts = [self._create(output, number) for output in self._unfinished([number])]

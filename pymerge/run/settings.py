@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pymerge.backends.native import Isa, NativeRun, Settings
-from pymerge.errors import BackendError
+from pymerge.errors import BackendError, PymergeError
 from pymerge.plan_memory import budget
 from pymerge.planner import Plan
 from pymerge.run.local import Start
@@ -26,7 +26,13 @@ def settings_for(
     tile: int | None = None,
     isa: Isa = Isa.AUTO,
 ) -> Settings:
-    """Settings for one plan; None leaves it to the core. `max_memory` in bytes, `tile` in elements."""
+    """Settings for one plan; None leaves it to the core. `max_memory` in bytes, `tile` in elements.
+
+    Raises PymergeError for what is no whole number, or too little memory.
+    """
+    for name, value in (("threads", threads), ("max_memory", max_memory)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise PymergeError(f"{name} is {value!r}, expected a whole number")
     settings = Settings(threads=threads or 0, isa=isa, drop_behind=_is_larger_than_cache(plan))
     if max_memory is not None:
         shares = budget(plan, threads, max_memory)
