@@ -13,7 +13,6 @@ counted it. Tools take turns; the table shows medians. One row per run goes to b
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -22,11 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from bench.machine import describe
+from bench.machine import append_rows, describe
 from bench.recipes import OURS_ALONE, SETUPS, write_recipe
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.csv"
@@ -182,16 +181,8 @@ def on_memory(folder: Path) -> bool:
 
 
 def save(rows: Sequence[Row]) -> None:
-    """Appends rows to the CSV, each with the description of the machine."""
-    machine = describe()
-    RESULTS.parent.mkdir(exist_ok=True)
-    columns = [field.name for field in fields(Row)] + list(machine)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows([vars(row) | machine for row in rows])
+    """Appends rows to the CSV."""
+    append_rows(RESULTS, [vars(row) for row in rows], describe())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -11,11 +11,10 @@ that do nothing: what is left is making the new adapter. Rows go to results/drop
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from bench.kernel import make_inputs
-from bench.machine import describe, version_of
+from bench.machine import append_rows, describe, version_of
 from bench.recipes import OURS_ALONE, SETUPS
 
 RESULTS = Path(__file__).parent / "results" / "dropin.csv"
@@ -178,14 +177,7 @@ def save(rows: Sequence[Row], threads: int) -> None:
     """Appends rows to the CSV, each with the machine and the versions of both tools."""
     setting: dict[str, object] = {"threads": threads, **describe()}
     setting |= {tool: version_of(tool) for tool in ("mergekit", "peft")}
-    columns = [field.name for field in fields(Row)] + list(setting)
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        writer.writerows([asdict(row) | setting for row in rows])
+    append_rows(RESULTS, [asdict(row) for row in rows], setting)
 
 
 def table(rows: Sequence[Row]) -> str:

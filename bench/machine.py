@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,3 +40,14 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, object]], machine: Mapping[str, object]) -> None:
+    """Appends rows of the same columns to a CSV, each with the description of the machine."""
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine])
+        if new:
+            writer.writeheader()
+        writer.writerows([{**row, **machine} for row in rows])

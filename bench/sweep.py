@@ -10,17 +10,16 @@ bench/results/sweep.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from bench.checkpoint import family, on_memory, remove, run
-from bench.machine import describe
+from bench.machine import append_rows, describe
 from bench.recipes import write_recipe
 
 RESULTS = Path(__file__).parent / "results" / "sweep.csv"
@@ -163,17 +162,11 @@ def session_rows(runs: int) -> list[Row]:
 
 
 def save(rows: Sequence[Row]) -> None:
-    """Appends rows to the CSV, each with the description of the machine."""
-    machine = describe()
-    columns = [field.name for field in fields(Row)] + list(machine)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        if new:
-            writer.writeheader()
-        for row in rows:
-            rounded = {name: round(v, 4) if isinstance(v, float) else v for name, v in vars(row).items()}
-            writer.writerow(rounded | machine)
+    """Appends rows to the CSV."""
+    rounded = [
+        {name: round(v, 4) if isinstance(v, float) else v for name, v in vars(row).items()} for row in rows
+    ]
+    append_rows(RESULTS, rounded, describe())
 
 
 def table(rows: Sequence[Row]) -> str:
