@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
-from pymerge.checkpoint.manifest import check_finished
+from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME, check_finished
 from pymerge.errors import ProblemList, PymergeError, RecipeError
 from pymerge.plan_checks import free_bytes
 from pymerge.planner import Plan, make_plan
@@ -74,6 +74,8 @@ def plan_sweep(
     dropped. `options`: as `make_plan` takes them. Raises ProblemList with the problems of all settings.
     """
     problems = list(_wrong_settings(settings))
+    if out is not None and any(os.path.lexists(out / name) for name in (MANIFEST_NAME, PLAN_NAME)):
+        problems.append(f"{out} is a merge; a sweep wants a folder of its own for its outputs")
     if problems:
         raise ProblemList(problems)
     settings = [_plain(setting) for setting in settings]

@@ -265,6 +265,12 @@ def test_a_parsed_recipe_is_refused(family: Path) -> None:
         pymerge.sweep(parsed, family / "out", VALUES)  # type: ignore[arg-type]
 
 
+def test_outputs_do_not_go_into_a_merge(family: Path) -> None:
+    pymerge.merge(recipe(family), family / "merged")
+    with pytest.raises(ProblemList, match="is a merge; a sweep wants a folder of its own"):
+        pymerge.sweep(recipe(family), family / "merged", VALUES)
+
+
 def test_a_wrong_recipe_is_told_once(family: Path) -> None:
     text = recipe(family).replace("/one", "/none")
     with pytest.raises(ProblemList) as caught:
