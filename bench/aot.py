@@ -62,7 +62,7 @@ def build(function: Any, constants: Mapping[str, Any], target: str) -> Any:
 def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Specialisations of all kernels, so that no user is the first to compile one."""
     one = {"K": 3, "IN": tl.float16, "OUT": tl.bfloat16, "BLOCK": 1024}
-    formula = {"ELECT": True, "NORMALIZE": True, "UNIT": False}
+    formula = {"ELECT": True, "NORMALIZE": True, "UNIT": False, "LATE": False}
     ragged = one | formula | {"RAGGED": True}
     for trim in (0, 1, 2, 3):
         for base in (True, False):
@@ -101,6 +101,7 @@ def compiled(kernel: str, type_: str, experts: int, target: str) -> Code:
         "ELECT": True,
         "NORMALIZE": True,
         "UNIT": True,
+        "LATE": False,
         "BLOCK": per * THREADS,
     }
     more = {"ALL": False, "PER": per} if kernel == "stream" else {"BASE": True, "TRIM": 1}

@@ -25,6 +25,7 @@ pm::cuda::Request make_request(const py::dict& d) {
   r.trim = pm::Trim(d["trim"].cast<int>());
   r.lambda = d["lambda"].cast<double>();
   r.weight = d["weights"].cast<std::vector<double>>();
+  r.late = d["late_weights"].cast<std::vector<double>>();
   r.density = d["densities"].cast<std::vector<double>>();
   r.gamma = d["gammas"].cast<std::vector<double>>();
   r.group.experts = int(r.weight.size());
@@ -40,6 +41,8 @@ pm::cuda::Request make_request(const py::dict& d) {
 #endif
   if (r.group.experts > pm::cuda::kMaxExperts || r.density.size() != r.weight.size())
     throw std::invalid_argument("more experts than a kernel takes, or not one density for each");
+  if (!r.late.empty() && r.late.size() != r.weight.size())
+    throw std::invalid_argument("not one late weight for each expert");
   if (r.trim == pm::Trim::outliers && r.gamma.size() != r.weight.size())
     throw std::invalid_argument("not one gamma for each expert");
   return r;

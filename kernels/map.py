@@ -32,8 +32,9 @@ from pymerge.kernels.stages import (
     trim_random,
 )
 
-# `numbers`, f32: K weights, lambda, the sum of the weights (or 1), then a scale for each tensor and expert.
-SCALES = tl.constexpr(2)
+# `numbers`, f32: K weights, lambda, the sum of the weights (or 1), K late weights, then for each tensor and
+# expert a scale.
+LATE_WEIGHTS = tl.constexpr(2)
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def weigh(d, numbers, tensor, k, K: tl.constexpr, BASE: tl.constexpr, UNIT: tl.c
     if UNIT:
         return d
     elif BASE:
-        return d * tl.load(numbers + K + SCALES + tensor * K + k) * tl.load(numbers + k)
+        scale = tl.load(numbers + 2 * K + LATE_WEIGHTS + tensor * K + k)
+        return d * scale * tl.load(numbers + k)
     else:
         return d * tl.load(numbers + k)
 
@@ -59,15 +61,23 @@ def merged(
     ELECT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    """The result of one block. `values`: v of each expert, zero where trimmed; `mass`: their sum."""
+    """The result of one block. `values`: v of each expert, zero where trimmed; `mass`: their sum.
+
+    LATE: what agrees is multiplied by the late weights.
+    """
     total = mass
     if ELECT:
         side = elect(mass)
         total, weights = tl.zeros_like(mass), tl.zeros_like(mass)
         for k in tl.static_range(K):
             flipped = flip_sign(values[k], side)
-            total += tl.maximum(flipped, 0.0)
+            agreeing = tl.maximum(flipped, 0.0)
+            if LATE:
+                late = tl.load(numbers + K + LATE_WEIGHTS + k)
+                agreeing = tl.where(agrees(flipped), flipped * late, 0.0)
+            total += agreeing
             if NORMALIZE:
                 weight = 1.0 if UNIT else tl.load(numbers + k)
                 weights += tl.where(agrees(flipped), weight, 0.0)
@@ -102,6 +112,7 @@ def map_pieces(
     ELECT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
+    LATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merges one piece by final cuts (TRIM MAGNITUDE, OUTLIERS), or at random (TRIM RANDOM).
@@ -152,7 +163,7 @@ def map_pieces(
                 v = tl.where(keep, v, 0.0)
             mass += v
             values = values + (v,)
-        result = merged(b, values, mass, numbers, lambda_, K, BASE, ELECT, NORMALIZE, UNIT)
+        result = merged(b, values, mass, numbers, lambda_, K, BASE, ELECT, NORMALIZE, UNIT, LATE)
         store_block(out, here, count, narrow(result, OUT), RAGGED)
         step += 1
 
@@ -190,6 +201,7 @@ def stream(
     ELECT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
+    LATE: tl.constexpr,
     ALL: tl.constexpr,
     BLOCK: tl.constexpr,
     PER: tl.constexpr,
@@ -241,7 +253,7 @@ def stream(
                 over = (above_at[k] - m) >> 31
                 now_above = now_above + (above[k] + count(over, here, size, RAGGED, BLOCK, PER),)
         kept, above = now_kept, now_above
-        result = merged(b, values, mass, numbers, lambda_, K, True, ELECT, NORMALIZE, UNIT)
+        result = merged(b, values, mass, numbers, lambda_, K, True, ELECT, NORMALIZE, UNIT, LATE)
         store_block(out, here, size, narrow(result, OUT), RAGGED)
         if RAGGED:
             undecided = tl.where(here < size, undecided, 0)
@@ -278,6 +290,7 @@ def fix_up(
     ELECT: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
+    LATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Merges the gathered undecided again, by the exact cuts, and puts their results in place.
@@ -302,7 +315,7 @@ def fix_up(
             v = tl.where(keep, weigh(d, numbers, tensor, k, K, True, UNIT), 0.0)
             mass += v
             values = values + (v,)
-        result = merged(b, values, mass, numbers, lambda_, K, True, ELECT, NORMALIZE, UNIT)
+        result = merged(b, values, mass, numbers, lambda_, K, True, ELECT, NORMALIZE, UNIT, LATE)
         live = live & (tl.load(kinds + tensor * 2 + 1) == KIND)
         out = raw_pointer(tl.load(addresses + tensor * (K + 2) + K + 1, mask=live, other=0), OUT)
         tl.store(out + (flat - tl.load(origins + tensor)), narrow(result, OUT), mask=live)

@@ -38,7 +38,7 @@ def _meant(assumed: Defaults) -> Iterator[str]:
     if assumed.by_density:
         yield "what is kept is divided by the density, unless rescale is given"
     if assumed.plain_vote:
-        yield "weights neither vote nor divide the mean, so all experts need the same"
+        yield "weights neither vote nor divide the mean"
     if assumed.differs:
         yield assumed.differs
 

@@ -208,25 +208,25 @@ class _Resolver:
             density = method.density if defaults.density is None else defaults.density
             densities = [_number(given, density) for given in each["density"]]
             normalize = _flag(all_["normalize"])
-            weights, lambda_, rescale = adjusted(
+            made = adjusted(
                 defaults,
                 [_number(weight, 1.0) for weight in each["weight"]],
                 densities,
-                _number(all_["lambda"], defaults.lambda_),
                 _flag(all_["rescale"]),
             )
             rule = rule_for(
                 method,
-                weights=weights,
+                weights=made.weights,
                 densities=densities,
                 gammas=[_number(gamma, method.gamma) for gamma in each["gamma"]],
                 epsilons=[_number(epsilon, method.epsilon) for epsilon in each["epsilon"]],
-                lambda_=lambda_,
+                lambda_=_number(all_["lambda"], defaults.lambda_),
                 normalize=defaults.normalize if normalize is None else normalize,
-                rescale=rescale,
+                rescale=made.rescale,
                 threshold_ties=_choice(top.get("threshold_ties"), defaults.threshold_ties),
                 scope=_choice(top.get("scope"), defaults.scope),
                 one_more=defaults.one_more,
+                late_weights=made.late_weights,
                 seed=self._recipe.seed,
                 names=[str(entry.path) for entry in self.part.experts],
                 options=options,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 from pymerge.errors import RecipeError
 from pymerge.parameters import Preset
@@ -19,7 +20,7 @@ class Defaults:
     """One method's defaults; None: the method's own (`weight`: it must be given).
 
     `one_more`: see `Rule`. `by_density`: what is kept is divided by the density, unless the recipe states
-    `rescale`. `plain_vote`: weights neither vote nor divide a mean, so that they must be equal.
+    `rescale`. `plain_vote`: weights neither vote nor divide a mean.
     """
 
     weight: float | None = None
@@ -97,16 +98,20 @@ def defaults_of(preset: Preset, method: str) -> Defaults:
     raise RecipeError(f"preset {preset.value} has no {method}; it has {', '.join(rows)}")
 
 
-def adjusted(
-    defaults: Defaults,
-    weights: Sequence[float],
-    densities: Sequence[float],
-    lambda_: float,
-    rescale: bool | None,
-) -> tuple[tuple[float, ...], float, bool | None]:
-    """Weights, lambda and `rescale` that make a rule do what the preset means.
+class Adjusted(NamedTuple):
+    """What makes a rule do what a preset means; see `Rule`."""
 
-    Raises RecipeError where no weights do: experts that differ while their weights do not vote.
+    weights: tuple[float, ...]
+    late_weights: tuple[float, ...]
+    rescale: bool | None
+
+
+def adjusted(
+    defaults: Defaults, weights: Sequence[float], densities: Sequence[float], rescale: bool | None
+) -> Adjusted:
+    """The weights and `rescale` of a rule that does what the preset means.
+
+    Raises RecipeError for densities that no weights follow.
     """
     divides = defaults.by_density and rescale is None
     # Where nothing is kept there is nothing to divide.
@@ -117,14 +122,14 @@ def adjusted(
                 f"density {density!r} is too small: with this preset what is kept is divided by it, which is"
                 f" supported down to {1 / LARGEST_FACTOR:g}"
             )
-    scaled = [weight * factor for weight, factor in zip(weights, factors, strict=True)]
+    scaled = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
     rescale = False if divides else rescale
     if not defaults.plain_vote:
-        return tuple(scaled), lambda_, rescale
-    if len(set(weights)) > 1 or len(set(factors)) > 1:
-        what = "weights" if len(set(weights)) > 1 else "densities"
+        return Adjusted(scaled, (), rescale)
+    if len(set(factors)) > 1:
         raise RecipeError(
-            f"preset peft: {what} that differ between experts are not supported, because there they neither"
-            " vote nor divide the mean; give all experts one, or use preset mergekit"
+            "preset peft: densities that differ between experts are not supported, because there what is kept"
+            " is divided by one density; give all experts one, or use preset mergekit"
         )
-    return (1.0,) * len(scaled), lambda_ * scaled[0], rescale
+    late = () if all(weight == 1 for weight in scaled) else scaled
+    return Adjusted((1.0,) * len(scaled), late, rescale)

@@ -122,6 +122,7 @@ class Rule:
     a formula of their own.
     `copy`: the one input is the result, byte for byte, wherever the type stays.
     `one_more`: a trim by magnitude keeps one entry more than int(density * n), as the TIES authors' code.
+    `late_weights`: factors on the entries that agree, which neither vote nor divide a mean; none: all 1.
     """
 
     task_vector: bool
@@ -141,6 +142,7 @@ class Rule:
     fuse: Fusing | None = None
     copy: bool = False
     one_more: bool = False
+    late_weights: tuple[float, ...] = ()
 
     @property
     def has_kernels(self) -> bool:

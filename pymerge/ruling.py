@@ -32,11 +32,13 @@ def rule_for(
     options: Mapping[str, object] | None = None,
     has_base: bool = False,
     one_more: bool = False,
+    late_weights: Sequence[float] = (),
 ) -> Rule:
     """The rule of `method` for `len(weights)` experts; None takes the row's default.
 
     `names`: what to call the experts in messages (None: their numbers). `options`: the method's own
-    parameters. `has_base`: there is a base that the experts may be taken relative to. `one_more`: see `Rule`.
+    parameters. `has_base`: there is a base that the experts may be taken relative to. `one_more`,
+    `late_weights`: see `Rule`.
     What the row does not use (density without a trim, lambda without task vectors) is made neutral.
     Raises RecipeError for one problem, ProblemList for several: counts, ranges, numbers that are not finite.
     """
@@ -50,6 +52,7 @@ def rule_for(
     normalize = method.normalize if normalize is None else normalize
     rescale = method.rescale if rescale is None else rescale
     problems = _problems(method, weights, densities, gammas, lambda_, normalize, seed, names)
+    problems += _weight_problems(late_weights, names)
     values = complete(method.own, options or {}, problems)
     if "votes" in values and not problems and int(values["votes"]) > len(weights):
         problems.append(
@@ -89,6 +92,7 @@ def rule_for(
         fuse=None if method.fuse is None else fusing(method.fuse, values),
         copy=alone or values.get("scale") == 1,
         one_more=one_more and method.trim is Trim.MAGNITUDE,
+        late_weights=tuple(float(weight) for weight in late_weights),
     )
 
 
@@ -115,11 +119,7 @@ def _problems(
         problems.append(f"{len(densities)} densities for {len(weights)} experts")
     if len(gammas) != len(weights):
         problems.append(f"{len(gammas)} gammas for {len(weights)} experts")
-    problems += [
-        f"weight of {who[k]} is {weight!r}, which is not a finite number in float32"
-        for k, weight in enumerate(weights)
-        if not _is_float32(weight)
-    ]
+    problems += _weight_problems(weights, names)
     for name, shares in (("density", densities), ("gamma", gammas)):
         problems += [
             f"{name} of {who[k]} is {share!r}, which is outside 0 to 1"
@@ -139,6 +139,15 @@ def _problems(
     ):
         problems.append(_zero_sum(method, weights))
     return problems
+
+
+def _weight_problems(weights: Sequence[float], names: Sequence[str] | None) -> list[str]:
+    who = names or _numbers(len(weights))
+    return [
+        f"weight of {who[k]} is {weight!r}, which is not a finite number in float32"
+        for k, weight in enumerate(weights)
+        if not _is_float32(weight)
+    ]
 
 
 def _ranked_problems(

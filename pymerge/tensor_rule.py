@@ -70,31 +70,31 @@ def rule_of(
         weight, density = None, None
     defaults = defaults_of(as_member(Preset, preset, "preset"), row.name)
     densities = per_expert(_first(density, defaults.density, row.density), count, "density")
-    weights, lambda_of_all, divided = adjusted(
+    made = adjusted(
         defaults,
         per_expert(_first(weight, 1.0), count, "weight"),
         densities,
-        as_number(_first(lambda_, defaults.lambda_), "lambda_"),
         as_flag(rescale, "rescale"),
     )
     try:
         return rule_for(
             row,
-            weights=weights,
+            weights=made.weights,
             densities=densities,
             gammas=None if gamma is None else per_expert(gamma, count, "gamma"),
             epsilons=None if epsilon is None else per_expert(epsilon, count, "epsilon"),
             options=options,
             has_base=has_base,
-            lambda_=lambda_of_all,
+            lambda_=as_number(_first(lambda_, defaults.lambda_), "lambda_"),
             normalize=as_flag(_first(normalize, defaults.normalize), "normalize"),
-            rescale=divided,
+            rescale=made.rescale,
             threshold_ties=as_member(
                 ThresholdTies, _first(threshold_ties, defaults.threshold_ties), "threshold_ties"
             ),
             scope=as_member(Scope, _first(scope, defaults.scope), "scope"),
             seed=as_count(seed, "seed"),
             one_more=defaults.one_more,
+            late_weights=made.late_weights,
         )
     except ProblemList as several:
         raise RecipeError(several.problems[0]) from None

@@ -206,6 +206,13 @@ WEIGHTS: dict[str, Callable[[int], list[float]]] = {
     "negative": lambda k: [1.25 if i % 2 == 0 else -0.4 for i in range(k)],
     "some_zero": lambda k: [float(i % 3 == 0) for i in range(k)],
     "zero": lambda k: [0.0] * k,
+    "late": lambda k: [1.0] * k,
+    "voting_and_late": lambda k: [1.0 if i % 2 == 0 else -0.75 for i in range(k)],
+}
+# Late weights that go with these, where a method elects.
+LATE_WEIGHTS: dict[str, Callable[[int], list[float]]] = {
+    "late": lambda k: [0.3 + 0.1 * (i % 7) for i in range(k)],
+    "voting_and_late": lambda k: [(-1.3, 0.0, 2.0)[i % 3] for i in range(k)],
 }
 
 
@@ -256,6 +263,7 @@ class Case:
     @property
     def rule(self) -> Rule:
         task_vector, trim, does_elect, _, _ = METHODS[self.method]
+        late = LATE_WEIGHTS.get(self.weights)
         densities = (
             [0.1 + 0.8 * i / self.k for i in range(self.k)] if self.density == "each" else [self.density]
         )
@@ -272,6 +280,7 @@ class Case:
             scope=self.scope,
             seed=self.seed,
             gammas=tuple(GAMMAS[(self.seed + i) % 3] for i in range(self.k)) if trim is Trim.OUTLIERS else (),
+            late_weights=tuple(late(self.k)) if late and does_elect else (),
         )
 
     @property

@@ -20,12 +20,13 @@ Numbers = list[float]
 class Element:
     """One merged element, and what its rounding errors may be measured against.
 
-    `size`: the base and all terms of the sum with their signs removed. `unsure`: the two sides weigh so
-    nearly the same that rounding may elect either.
+    `size`: the base and all terms of the sum with their signs removed. `gain`: what becomes of an error of 1
+    in the sum. `unsure`: the two sides weigh so nearly the same that rounding may elect either.
     """
 
     value: float
     size: float
+    gain: float
     unsure: bool
 
 
@@ -146,13 +147,14 @@ def total(values: Iterable[float]) -> float:
 
 def elected(base: float, column: Sequence[float | None], rule: Rule) -> Element:
     """The entries that agree with the sign of their sum, averaged or summed; None is a trimmed entry."""
-    terms = [(d * w, w) for d, w in zip(column, rule.weights, strict=True) if d is not None]
-    mass = total(v for v, _ in terms)
+    late = rule.late_weights or (1.0,) * len(column)
+    terms = [(d * w, w, u) for d, w, u in zip(column, rule.weights, late, strict=True) if d is not None]
+    mass = total(v for v, _, _ in terms)
     if math.isnan(mass):
-        return Element(math.nan, math.inf, False)
+        return Element(math.nan, math.inf, 1.0, False)
     side = 1 if mass >= 0 else -1
-    agreeing = [(v, w) for v, w in terms if v * side > 0]
-    unsure = 0 < abs(mass) < 1e-5 * total(abs(v) for v, _ in terms)
+    agreeing = [(v * u, w) for v, w, u in terms if v * side > 0]
+    unsure = 0 < abs(mass) < 1e-5 * total(abs(v) for v, _, _ in terms)
     return finish(base, agreeing, total(w for _, w in agreeing) or 1.0, rule.lambda_, rule.normalize, unsure)
 
 
@@ -176,5 +178,6 @@ def finish(
     """Base plus lambda times the sum of the terms, divided by `den` where asked."""
     divisor = den if normalize else 1.0
     spread = max(1.0, total(abs(w) for _, w in terms) / abs(divisor)) if normalize else 1.0
-    size = abs(base) + abs(lambda_) * total(abs(v) for v, _ in terms) / abs(divisor) * spread
-    return Element(base + lambda_ * (total(v for v, _ in terms) / divisor), size, unsure)
+    gain = abs(lambda_ / divisor)
+    size = abs(base) + gain * total(abs(v) for v, _ in terms) * spread
+    return Element(base + lambda_ * (total(v for v, _ in terms) / divisor), size, gain, unsure)

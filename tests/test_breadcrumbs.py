@@ -24,7 +24,12 @@ def test_golden_case_on_every_isa(case: Case) -> None:
     rng = random.Random(case.id)
     group, merged = expected(case)
     for isa in ISAS:
-        settings = Settings(threads=rng.choice((1, 2, 5)), tile=rng.choice((1024, 32768)), isa=isa)
+        settings = Settings(
+            threads=rng.choice((1, 2, 5)),
+            tile=rng.choice((1024, 32768)),
+            cached=rng.choice((0, 1 << 30)),
+            isa=isa,
+        )
         actual, report = run_native(group, settings)
         assert_same_bits(group, actual, merged)
         assert report.nan_outputs == sum(int(x.isnan().sum()) for x in merged)
@@ -35,8 +40,8 @@ def test_golden_case_on_every_isa(case: Case) -> None:
 def test_missed_brackets_and_overflows_change_nothing(case: Case, isa: Isa) -> None:
     group, merged = expected(case)
     fallbacks = 0
-    for bias, memory in itertools.product((0.3, -0.3, 0.0), (64, 1 << 26)):
-        settings = Settings(threads=2, isa=isa, bracket_bias=bias, memory=memory)
+    for bias, memory, cached in itertools.product((0.3, -0.3, 0.0), (64, 1 << 26), (0, 1 << 30)):
+        settings = Settings(threads=2, isa=isa, bracket_bias=bias, memory=memory, cached=cached)
         actual, report = run_native(group, settings)
         assert_same_bits(group, actual, merged)
         fallbacks += report.fallbacks or 0

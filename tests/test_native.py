@@ -34,6 +34,7 @@ LARGE = [case for case in CASES if case.method == "ties" and case.size == 300_00
 THREADS = (1, 2, 5)
 TILES = (1024, 32768, 131072)
 MEMORY = (1 << 12, 1 << 26)
+CACHED = (0, 1 << 14, 1 << 30)
 AMPLE = Settings(threads=2)
 # Every pair of (ISA, threads), (ISA, tile) and (threads, tile) once.
 SQUARE = [
@@ -53,7 +54,11 @@ def test_golden_case_on_every_isa(case: Case) -> None:
     group, merged = expected(case)
     for isa in ISAS:
         settings = Settings(
-            threads=rng.choice(THREADS), tile=rng.choice(TILES), memory=rng.choice(MEMORY), isa=isa
+            threads=rng.choice(THREADS),
+            tile=rng.choice(TILES),
+            memory=rng.choice(MEMORY),
+            cached=rng.choice(CACHED),
+            isa=isa,
         )
         actual, report = run_native(group, settings, offset=rng.choice((0, 0, 8, 24)))
         assert_same_bits(group, actual, merged)
@@ -71,13 +76,14 @@ def test_large_ties_for_every_isa_thread_count_and_tile(
     assert_same_bits(group, actual, merged)
 
 
+@pytest.mark.parametrize("cached", [0, 1 << 30])
 @pytest.mark.parametrize("bias", [0.0, 0.3])
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.id)
-def test_thresholds_are_those_of_a_full_sort(case: Case, bias: float) -> None:
+def test_thresholds_are_those_of_a_full_sort(case: Case, bias: float, cached: int) -> None:
     """A threshold says: keep what is larger, and of what is equal the flat indices below its own."""
     group, _ = expected(case)
     assert group.bases is not None
-    _, report = run_native(group, Settings(threads=2, bracket_bias=bias))
+    _, report = run_native(group, Settings(threads=2, bracket_bias=bias, cached=cached))
     parts = [[i] for i in range(len(group.names))]
     if case.scope is Scope.MODEL:
         parts = [sorted(range(len(group.names)), key=lambda i: group.names[i])]
@@ -95,8 +101,9 @@ def test_thresholds_are_those_of_a_full_sort(case: Case, bias: float) -> None:
 def test_a_missed_bracket_changes_nothing(case: Case, isa: Isa) -> None:
     group, merged = expected(case)
     fallbacks = 0
-    for bias in (0.3, -0.3):
-        actual, report = run_native(group, Settings(threads=2, isa=isa, bracket_bias=bias))
+    for bias, cached in itertools.product((0.3, -0.3), (0, 1 << 30)):
+        settings = Settings(threads=2, isa=isa, bracket_bias=bias, cached=cached)
+        actual, report = run_native(group, settings)
         assert_same_bits(group, actual, merged)
         fallbacks += report.fallbacks or 0
     assert fallbacks > 0, "the bias did not force a miss"
@@ -115,8 +122,8 @@ def test_an_overflowing_undecided_list_changes_nothing(case: Case, isa: Isa) -> 
 )
 def test_golden_ties_with_missed_brackets_and_little_memory(case: Case) -> None:
     group, merged = expected(case)
-    for isa, (bias, memory) in itertools.product(ISAS, ((0.3, 64), (-0.3, 1 << 14))):
-        settings = Settings(threads=2, tile=1024, isa=isa, bracket_bias=bias, memory=memory)
+    for isa, (bias, memory), cached in itertools.product(ISAS, ((0.3, 64), (-0.3, 1 << 14)), (0, 1 << 30)):
+        settings = Settings(threads=2, tile=1024, isa=isa, bracket_bias=bias, memory=memory, cached=cached)
         assert_same_bits(group, run_native(group, settings)[0], merged)
 
 

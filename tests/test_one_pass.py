@@ -80,17 +80,18 @@ def test_given_thresholds_need_no_search() -> None:
     assert report.bytes_read == 5 * sum(x.nbytes for x in group.bases or [])
 
 
+@pytest.mark.parametrize("cached", [0, 1 << 30])
 @pytest.mark.parametrize("share", [0.15, 0.2, 0.6])
 @pytest.mark.parametrize("ties", list(ThresholdTies))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_thresholds_among_nans(dtype: torch.dtype, ties: ThresholdTies, share: float) -> None:
+def test_thresholds_among_nans(dtype: torch.dtype, ties: ThresholdTies, share: float, cached: int) -> None:
     """All NaN are one magnitude, above infinity: if more of them than are kept, the index decides."""
     group = ordinary(dtype, n=120_000, ties=ties)
     draw = torch.Generator().manual_seed(5)
     for experts in group.experts:
         for x in experts:
             x[torch.rand(x.numel(), generator=draw) < share] = torch.nan
-    actual, report = run_native(group, Settings(threads=2))
+    actual, report = run_native(group, Settings(threads=2, cached=cached))
     expected = reference_of(group)
     assert_same_bits(group, actual, expected)
     assert report.nan_outputs == sum(int(x.isnan().sum()) for x in expected)

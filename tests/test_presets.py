@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ Numbers = NDArray[np.float64]
 
 SHAPES = {"a.weight": (40, 50), "b.bias": (33,), "c.weight": (300, 70)}
 EXPERTS = 3
+PEFT_WEIGHTS = ([1.0] * 3, [0.4] * 3, [-0.7] * 3, [0.4, -0.7, 1.3])
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +54,21 @@ def merged(
     out: Path,
     preset: str,
     method: str,
-    each: Mapping[str, object],
+    weights: Sequence[float],
     **parameters: object,
 ) -> tuple[Tensors, pymerge.Plan]:
-    """What a recipe with this preset gives, and its plan."""
+    """What a recipe with this preset gives, and its plan; `weights`: of the experts, or none."""
     paths = [family[0] / f"model{k}" for k in range(EXPERTS + 1)]
     given = {name.rstrip("_"): value for name, value in parameters.items()}
     recipe = out.parent / "recipe.yml"
-    write_recipe(recipe, method, paths[1:], paths[0], given, [each] * EXPERTS, preset=preset)
+    write_recipe(recipe, method, paths[1:], paths[0], given, own(weights), preset=preset)
     pymerge.merge(recipe, out)
     return read_checkpoint(out), pymerge.plan(recipe)
+
+
+def own(weights: Sequence[float]) -> list[dict[str, float]]:
+    """What each expert's entry of a recipe says."""
+    return [{"weight": weight} for weight in weights] or [{}] * EXPERTS
 
 
 def flattened(models: list[Tensors]) -> Numbers:
@@ -100,7 +106,7 @@ def test_ties_of_the_authors(
     density: float | None,
 ) -> None:
     given = {} if density is None else {"density": density}
-    result, plan = merged(family, tmp_path / "out", preset, "ties", {}, **given)
+    result, plan = merged(family, tmp_path / "out", preset, "ties", (), **given)
     assert_near(result, ties_of_the_authors(family[1], density or 0.2, lambda_, mean))
     assert plan.rules[0].scope is Scope.MODEL
     assert any("cancel exactly" in note for note in plan.notes)
@@ -109,53 +115,57 @@ def test_ties_of_the_authors(
 
 def test_parameters_win_over_a_preset(family: tuple[Path, list[Tensors]], tmp_path: Path) -> None:
     given = {"scope": "tensor", "threshold_ties": "first", "lambda_": 0.5, "normalize": True, "weight": 2}
-    _, plan = merged(family, tmp_path / "out", "fusionbench", "ties", {}, **given)
+    _, plan = merged(family, tmp_path / "out", "fusionbench", "ties", (), **given)
     rule = plan.rules[0]
     assert (rule.scope, rule.threshold_ties) == (Scope.TENSOR, ThresholdTies.FIRST)
     assert (rule.lambda_, rule.normalize, rule.weights) == (0.5, True, (2.0,) * EXPERTS)
     assert rule.one_more
 
 
-def ties_of_peft(deltas: Numbers, weight: float, masks: NDArray[np.bool_]) -> Numbers:
+def ties_of_peft(deltas: Numbers, weights: Numbers, masks: NDArray[np.bool_]) -> Numbers:
     """The sign of the unweighted sum; the weighted sum of what agrees over its count."""
     trimmed = deltas * masks
     side = np.where(trimmed.sum(0) >= 0, 1.0, -1.0)
     agreeing = np.where(np.sign(trimmed) == side, trimmed, 0)
-    return np.asarray(weight * agreeing.sum(0) / np.maximum(1, np.count_nonzero(agreeing, axis=0)))
+    return np.asarray(
+        (weights[:, None] * agreeing).sum(0) / np.maximum(1, np.count_nonzero(agreeing, axis=0))
+    )
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_ties", "dare_linear"])
-@pytest.mark.parametrize("weight", [1.0, 0.4, -0.7])
+@pytest.mark.parametrize("weights", PEFT_WEIGHTS)
 def test_methods_of_peft(
-    family: tuple[Path, list[Tensors]], tmp_path: Path, method: str, weight: float
+    family: tuple[Path, list[Tensors]], tmp_path: Path, method: str, weights: list[float]
 ) -> None:
     density = 0.37
-    result, _ = merged(family, tmp_path / "out", "peft", method, {"weight": weight}, density=density)
+    result, _ = merged(family, tmp_path / "out", "peft", method, weights, density=density)
     for name, base in family[1][0].items():
         deltas = np.stack([(m[name] - base).double().numpy().ravel() for m in family[1][1:]])
         rule = rule_for(METHODS[method], weights=[1.0] * EXPERTS, densities=[density] * EXPERTS)
         masks = np.array(keep_masks([name], [[list(map(float, d)) for d in deltas]], rule)[0])
         if method != "ties":
             deltas = deltas / density
-        moved = ties_of_peft(deltas, weight, masks)
+        moved = ties_of_peft(deltas, np.array(weights), masks)
         if method == "dare_linear":
-            moved = weight * (deltas * masks).sum(0)
+            moved = (np.array(weights)[:, None] * deltas * masks).sum(0)
         wanted = base.double().numpy().ravel() + moved
         np.testing.assert_allclose(result[name].double().numpy().ravel(), wanted, rtol=0, atol=2e-6)
 
 
 @pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install '.[parity]'")
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
-@pytest.mark.parametrize("weight", [1.0, 0.4, -0.7])
-def test_beside_peft(family: tuple[Path, list[Tensors]], tmp_path: Path, method: str, weight: float) -> None:
+@pytest.mark.parametrize("weights", PEFT_WEIGHTS)
+def test_beside_peft(
+    family: tuple[Path, list[Tensors]], tmp_path: Path, method: str, weights: list[float]
+) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not ours to mend
         from peft.utils import merge_utils
     given = {"density": 0.37} if method == "ties" else {}
-    result, _ = merged(family, tmp_path / "out", "peft", method, {"weight": weight}, **given)
+    result, _ = merged(family, tmp_path / "out", "peft", method, weights, **given)
     for name, base in family[1][0].items():
         deltas = [model[name] - base for model in family[1][1:]]
-        theirs = getattr(merge_utils, method)(deltas, torch.full((EXPERTS,), weight), **given)
+        theirs = getattr(merge_utils, method)(deltas, torch.tensor(weights), **given)
         off = (result[name] - (base + theirs)).abs() > 2e-6
         # PEFT may keep any of the entries that equal a threshold.
         assert not (off & ~at_a_threshold(deltas, given.get("density", 1.0))).any(), name
@@ -171,11 +181,11 @@ def at_a_threshold(deltas: list[torch.Tensor], density: float) -> torch.Tensor:
 
 
 def test_dare_divides_by_the_density(family: tuple[Path, list[Tensors]], tmp_path: Path) -> None:
-    _, plan = merged(family, tmp_path / "out", "paper", "dare_linear", {}, density=0.25)
+    _, plan = merged(family, tmp_path / "out", "paper", "dare_linear", (), density=0.25)
     assert plan.rules[0].weights == (4.0,) * EXPERTS
     assert not plan.rules[0].rescale
     assert plan.passes == 1
-    _, plan = merged(family, tmp_path / "again", "paper", "dare_linear", {}, density=0.25, rescale=True)
+    _, plan = merged(family, tmp_path / "again", "paper", "dare_linear", (), density=0.25, rescale=True)
     assert plan.rules[0].weights == (1.0,) * EXPERTS
     assert plan.rules[0].rescale
 
@@ -186,7 +196,7 @@ def test_dare_divides_by_the_density(family: tuple[Path, list[Tensors]], tmp_pat
         ("paper", "dare_ties", {}, "preset paper: dare_ties trims twice there"),
         ("fusionbench", "dare_ties", {}, "preset fusionbench: dare_ties trims twice there"),
         ("peft", "karcher", {}, "preset peft has no karcher; it has task_arithmetic, ties"),
-        ("peft", "ties", {"weight": [1, 2]}, "preset peft: weights that differ between experts"),
+        ("peft", "ties", {"weight": [1, 1e39]}, "weight of "),
         ("peft", "dare_ties", {"density": [0.1, 0.2]}, "preset peft: densities that differ between experts"),
         ("peft", "ties", {}, "ties needs a weight for"),
     ],
@@ -215,20 +225,19 @@ def test_what_a_preset_cannot_do(
         ("paper", "linear", {}),
         ("fusionbench", "ties", {"density": 0.3, "lambda": 0.4}),
         ("fusionbench", "ties", {"scope": "tensor", "threshold_ties": "first"}),
-        ("peft", "ties", {"density": 0.3, "weight": 0.6}),
-        ("peft", "dare_linear", {"density": 0.3, "weight": 0.6, "seed": 5}),
-        ("peft", "dare_ties", {"density": 0.3, "weight": 0.6, "normalize": False}),
+        ("peft", "ties", {"density": 0.3, "weight": [0.6, -0.2, 1.0]}),
+        ("peft", "dare_linear", {"density": 0.3, "weight": [0.6, 0.5, 0.1], "seed": 5}),
+        ("peft", "dare_ties", {"density": 0.3, "weight": [0.6] * 3, "normalize": False}),
     ],
 )
 def test_in_memory_they_mean_the_same(
-    family: tuple[Path, list[Tensors]], tmp_path: Path, preset: str, method: str, options: dict[str, object]
+    family: tuple[Path, list[Tensors]], tmp_path: Path, preset: str, method: str, options: dict[str, Any]
 ) -> None:
     paths = [family[0] / f"model{k}" for k in range(EXPERTS + 1)]
     seed = {"seed": options["seed"]} if "seed" in options else {}
-    given = {name: value for name, value in options.items() if name != "seed"}
-    recipe = write_recipe(
-        tmp_path / "r.yml", method, paths[1:], paths[0], given, [{}] * EXPERTS, preset=preset, **seed
-    )
+    given = {name: value for name, value in options.items() if name not in ("seed", "weight")}
+    each = own(options.get("weight", ()))
+    recipe = write_recipe(tmp_path / "r.yml", method, paths[1:], paths[0], given, each, preset=preset, **seed)
     pymerge.merge(recipe, tmp_path / "out")
     named: dict[str, Any] = {{"lambda": "lambda_"}.get(name, name): value for name, value in options.items()}
     base, *experts = family[1]
@@ -243,7 +252,8 @@ def test_in_memory_they_mean_the_same(
 def test_in_memory_they_refuse_the_same() -> None:
     base, experts = torch.zeros(9), [torch.ones(9), -torch.ones(9)]
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"preset": "peft", "weight": [1, 2]}, "weights that differ between experts"),
+        ({"preset": "peft", "weight": [1, 1e39]}, "weight of expert 1 is 1e"),
+        ({"preset": "peft", "method": "dare_ties", "density": [0.1, 0.2]}, "densities that differ"),
         ({"preset": "paper", "method": "dare_ties"}, "dare_ties trims twice there"),
     ]
     for options, sentence in wrong:

@@ -79,10 +79,10 @@ def test_agrees_with_the_oracle(case: Case) -> None:
             if want.unsure or not math.isfinite(want.value):
                 assert want.unsure or got == want.value or (math.isnan(got) and math.isnan(want.value))
             else:
-                slack = allowed_error(want.value, want.size, case.k, working, actual.dtype)
+                slack = allowed_error(want.value, want.size, want.gain, case.k, working, actual.dtype)
                 overflows = abs(want.value) + slack > torch.finfo(actual.dtype).max
                 assert abs(got - want.value) <= slack or overflows, (got, want, slack)
-    assert unsure <= 0.02 * sum(x.numel() for x in merged) + 1
+    assert unsure <= 0.02 * sum(x.numel() for x in merged) + 2
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -104,8 +104,15 @@ def test_a_copy_and_a_multiple_in_one_sweep() -> None:
             assert same(result, merge_tensors(None, MODELS[:1], method="passthrough", scale=scale))
 
 
+def large() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A base and experts that no cache holds, so that what is undecided tells of a search."""
+    base, *experts = torch.randn(1 + EXPERTS, 300_000, generator=torch.Generator().manual_seed(2))
+    assert (1 + EXPERTS) * base.nbytes > native.Settings.cached
+    return base, experts
+
+
 def test_thresholds_are_searched_once(runs: list[native.Report]) -> None:
-    base, experts = BASE["b"], [expert["b"] for expert in MODELS]
+    base, experts = large()
     session = Session(base, experts)
     once = (1 + EXPERTS) * base.nbytes
     session.merge(density=0.2)
@@ -122,7 +129,7 @@ def test_thresholds_are_searched_once(runs: list[native.Report]) -> None:
 
 
 def test_few_thresholds_are_kept(runs: list[native.Report]) -> None:
-    session = Session(BASE["b"], [expert["b"] for expert in MODELS])
+    session = Session(*large())
     for number in range(MOST_KEPT + 1):
         session.merge(density=0.1 + number / 1000)
     session.merge(density=0.1 + MOST_KEPT / 1000)

@@ -73,9 +73,19 @@ def test_every_kind_of_method(method: str, isa: Isa) -> None:
 @pytest.mark.parametrize("data", ["realistic", "atom", "nan", "two_values", "zero"])
 def test_trims_by_magnitude(data: str, ties: ThresholdTies, scope: Scope) -> None:
     group = tensors([(90_001,), (17,), (40_000,)], torch.float32, data)
-    for rescale in (False, True):
+    for rescale, cached in itertools.product((False, True), (0, 1 << 30)):
         wanted = rules("ties", scope=scope, threshold_ties=ties, rescale=rescale)
-        check(group, wanted, Settings(threads=2, tile=8192))
+        check(group, wanted, Settings(threads=2, tile=8192, cached=cached))
+
+
+@pytest.mark.parametrize("cached", [0, 1 << 30])
+@pytest.mark.parametrize("sizes", [(200_000,), (9_000,)])
+def test_trims_unlike_each_other(sizes: tuple[int, ...], cached: int) -> None:
+    """Each is searched for by itself, and some are followed by results that differ in lambda alone."""
+    group = tensors([sizes], torch.bfloat16, "atom")
+    first, all_ = (rules("ties", threshold_ties=ties)[0] for ties in ThresholdTies)
+    wanted = [first, all_, replace(all_, lambda_=0.3), rules("breadcrumbs")[0], replace(all_, lambda_=2.0)]
+    check(group, wanted, Settings(threads=2, cached=cached))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])

@@ -27,12 +27,15 @@ TOLERANCES = {
 FIXED_STEPS = 9
 
 
-def allowed_error(value: float, size: float, k: int, working: torch.dtype, out: torch.dtype) -> float:
+def allowed_error(
+    value: float, size: float, gain: float, k: int, working: torch.dtype, out: torch.dtype
+) -> float:
     """The error that K experts' arithmetic in `working` and one rounding to `out` can make.
 
-    `value`: the exact result. `size`: the base plus every term of the sum without its sign.
+    `value`: the exact result. `size`: the base plus every term of the sum without its sign. `gain`: by how
+    much errors of the sum grow.
     """
     work, last = TOLERANCES[working], TOLERANCES[out]
     steps = 2 * k + FIXED_STEPS
-    computing = steps * (work.unit * size + work.least)
+    computing = steps * (work.unit * size + work.least * max(gain, 1.0))
     return computing + last.unit * (abs(value) + computing) + last.least

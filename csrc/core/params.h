@@ -61,6 +61,7 @@ struct MapParams {
   int experts = 0;
   const Work* weight = nullptr;
   const Work* scale = nullptr;  // factor on the trimmed task vector (rescale), 1 if none
+  const Work* late = nullptr;   // electing methods: factor on what agrees, which does not vote; null: none
   Work lambda = 1;              // on the merged task vector; unused without a base
   Work divisor = 1;             // non-electing methods: the sum of the weights, or 1
   bool normalize = false;       // electing methods: divide by the weights of the agreeing experts

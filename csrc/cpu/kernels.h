@@ -29,8 +29,8 @@ struct KernelSet {
   void (*keys)(const void* base, const void* expert, int64_t count, Bits* key);
   Bits (*row_keys)(const void* base, const void* expert, int64_t count, Bits* key);
   void (*bins)(const Bits* key, int64_t count, int shift, Bits offset, uint16_t* bin, uint8_t* loose);
-  void (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
-                    OpenKeys<Bits>* to);
+  int64_t (*open_keys)(const void* base, const void* expert, int64_t count, Bits low, Bits high,
+                       OpenKeys<Bits>* to);
   int64_t (*count_open)(const void* base, const void* expert, int64_t count, Bits low, Bits high);
   MapFn<Work> search;
   void (*masses)(const MapParams<Work>&, const MapBlock<Work>&, int k, int64_t offset, Masses*);

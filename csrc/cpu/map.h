@@ -20,7 +20,7 @@ struct Shape {
   static constexpr bool base = kBase;  // task vectors against a base, or the inputs themselves
   static constexpr Trim trim = kTrim;
   static constexpr bool elect = kElect;
-  static constexpr bool unit = kUnit;  // every weight and scale is 1
+  static constexpr bool unit = kUnit;  // every weight and scale is 1, late weights too
   static constexpr Collect collect = kCollect;
 };
 
@@ -214,11 +214,12 @@ class MapKernel {
       }
       for (int64_t k = 0; k < p_.experts; ++k) {
         const V weight = S::unit ? V::set(1) : V::set(p_.weight[k]);
+        const Work* late = S::unit ? nullptr : p_.late;
 #pragma GCC unroll 4
         for (int g = 0; g < kGroup; ++g) {
           const V v = entries_[k][g];
           const Mask agree = agrees(v, side[g]);
-          sum[g] = add_where(agree, sum[g], v);
+          sum[g] = add_where(agree, sum[g], late ? v * V::set(late[k]) : v);
           weights[g] = S::unit ? tally_where(agree, weights[g]) : add_where(agree, weights[g], weight);
         }
       }

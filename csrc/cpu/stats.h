@@ -100,11 +100,14 @@ class StatsKernel {
                [&](const V(&d)[kGroup], int64_t at, int n) { store_keys(d, n, key + at); });
   }
 
-  // Appends key and position of every entry in [low, high); room for a group more is needed.
-  static void open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high,
-                        OpenKeys<Bits>* to) {
+  // Appends key and position of every entry in [low, high); room for a group more is needed. Returns how many
+  // reach `high`.
+  static int64_t open_keys(const void* base, const void* expert, int64_t count, Bits low, Bits high,
+                           OpenKeys<Bits>* to) {
+    int64_t above = 0;
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t at, int n) {
-      const uint64_t open = open_bits(d, n, low, high);
+      const uint64_t reach = reach_bits(d, n, high), open = reach_bits(d, n, low) & ~reach;
+      above += __builtin_popcountll(reach);
       if (!open) return;
       Bits bits[kElements];
       uint32_t position[kElements];
@@ -114,13 +117,14 @@ class StatsKernel {
       pack_group(V{}, position, open, to->position + to->size);
       to->size += __builtin_popcountll(open);
     });
+    return above;
   }
 
   // How many entries lie in [low, high).
   static int64_t count_open(const void* base, const void* expert, int64_t count, Bits low, Bits high) {
     int64_t open = 0;
     each_group(base, expert, count, [&](const V(&d)[kGroup], int64_t, int n) {
-      open += __builtin_popcountll(open_bits(d, n, low, high));
+      open += __builtin_popcountll(reach_bits(d, n, low) & ~reach_bits(d, n, high));
     });
     return open;
   }
@@ -218,12 +222,11 @@ class StatsKernel {
       for (int g = 0; g < kGroup; ++g) keep[g] = V::all();
   }
 
-  // The first `n` entries of a group that lie in [low, high), as bits.
-  PM_HD static uint64_t open_bits(const V (&d)[kGroup], int n, Bits low, Bits high) {
-    typename V::Mask reach_low[kGroup], reach_high[kGroup];
-    for (int g = 0; g < kGroup; ++g)
-      reach_low[g] = trim_magnitude(d[g], low), reach_high[g] = trim_magnitude(d[g], high);
-    return first_bits(group_bits<true, V>(T{}, reach_low) & ~group_bits<true, V>(T{}, reach_high), n);
+  // The first `n` entries of a group that reach `threshold`, as bits.
+  PM_HD static uint64_t reach_bits(const V (&d)[kGroup], int n, Bits threshold) {
+    typename V::Mask reach[kGroup];
+    for (int g = 0; g < kGroup; ++g) reach[g] = trim_magnitude(d[g], threshold);
+    return first_bits(group_bits<true, V>(T{}, reach), n);
   }
 };
 

@@ -72,6 +72,7 @@ PM_HD Piece find_piece(const Group& group, int64_t number) {
 // The rule as kernels take it: by value.
 struct Rule {
   float weight[kMaxExperts];
+  float late[kMaxExperts];  // factor on what agrees, which does not vote
   double density[kMaxExperts], gamma[kMaxExperts];
   uint32_t limit[kMaxExperts];
   bool whole[kMaxExperts];

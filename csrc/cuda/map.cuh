@@ -14,7 +14,7 @@ struct Shape {
   static constexpr bool base = kBase;
   static constexpr Trim trim = kTrim;
   static constexpr bool elect = kElect;
-  static constexpr bool unit = kUnit;  // every weight and scale is 1
+  static constexpr bool unit = kUnit;  // every weight and scale is 1, late weights too
   static constexpr Collect collect = kCollect;
   static constexpr bool collecting = kCollect != Collect::no;
 };
@@ -51,11 +51,11 @@ template <bool kUnit>
 struct Sides {
   Lane sum[2], weight[2];
   __device__ void clear() { sum[0] = sum[1] = weight[0] = weight[1] = Lane::set(0); }
-  __device__ void add(bool keep, Lane entry, Lane w) {
+  __device__ void add(bool keep, Lane entry, Lane w, Lane late) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const bool agree = keep && is_positive(s ? Lane{-entry.x} : entry);
-      sum[s] = add_where(agree, sum[s], entry);
+      sum[s] = add_where(agree, sum[s], entry * late);
       weight[s] = add_where(agree, weight[s], w);
     }
   }
@@ -71,7 +71,7 @@ struct Sides<true> {
     sum[0] = sum[1] = Lane::set(0);
     counts = 0;
   }
-  __device__ void add(bool keep, Lane entry, Lane) {
+  __device__ void add(bool keep, Lane entry, Lane, Lane) {
 #pragma unroll
     for (int s = 0; s < 2; ++s)
       if (keep && is_positive(s ? Lane{-entry.x} : entry)) {
@@ -159,19 +159,22 @@ class Mapper {
     trim(k, at, d, keep);
     if constexpr (S::collecting) collect(k, at, d, keep);
     const Lane weight = S::unit ? Lane::set(1) : Lane::set(c_.rule.weight[k]);
+    const Lane late = S::unit ? Lane::set(1) : Lane::set(c_.rule.late[k]);
     const Lane scale = S::base && c_.scaled ? Lane::set(scale_of(k)) : Lane::set(1);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
       Lane v = d[e];
       if constexpr (!S::unit) v = (S::base ? v * scale : v) * weight;
       mass[e] = add_where(keep[e], mass[e], v);
-      if constexpr (S::elect) sides[e].add(keep[e], v, weight);
+      if constexpr (S::elect) sides[e].add(keep[e], v, weight, late);
     }
   }
 
   __device__ float scale_of(int k) const { return c_.state.scale[piece_.tensor * c_.group.experts + k]; }
-  __device__ uint32_t at_element(const Cut& cut, const uint32_t* whole_piece, int64_t at) const {
-    return kSingle ? threshold_at<float>(cut, piece_.flat + uint64_t(at)) : *whole_piece;
+  // One element at a time there may be nothing that is shared.
+  using OfPiece = uint32_t (Shared::*)[kMaxExperts];
+  __device__ uint32_t at_element(const Cut& cut, OfPiece of_piece, int k, int64_t at) const {
+    return kSingle ? threshold_at<float>(cut, piece_.flat + uint64_t(at)) : (s_->*of_piece)[k];
   }
 
   __device__ void trim(int k, int64_t at, const Lane (&d)[kCount], bool (&keep)[kCount]) {
@@ -179,7 +182,7 @@ class Mapper {
       const Cut& cut = S::collecting ? c_.state.expert[k].high : c_.cut(piece_.tensor, k);
 #pragma unroll
       for (int e = 0; e < kCount; ++e)
-        keep[e] = trim_magnitude(d[e], at_element(cut, &s_->keep_at[k], at + e));
+        keep[e] = trim_magnitude(d[e], at_element(cut, &Shared::keep_at, k, at + e));
       if constexpr (S::trim == Trim::outliers) drop_outliers(k, at, d, keep);
     } else if (S::trim == Trim::random && !c_.rule.whole[k]) {
       random_keep(uint64_t(piece_.first + at), k, uint64_t(piece_.row[kKey]), c_.rule.limit[k], keep);
@@ -193,7 +196,7 @@ class Mapper {
     const Cut& drop = c_.drop(piece_.tensor, k);
 #pragma unroll
     for (int e = 0; e < kCount; ++e)
-      keep[e] = trim_outliers(keep[e], trim_magnitude(d[e], at_element(drop, &s_->drop_at[k], at + e)));
+      keep[e] = trim_outliers(keep[e], trim_magnitude(d[e], at_element(drop, &Shared::drop_at, k, at + e)));
   }
 
   // Counts what is kept, and notes whether something is open: below the bracket's top, not below its bottom.
@@ -218,8 +221,8 @@ class Mapper {
 
   __device__ bool is_open(int k, int64_t at, Lane d) const {
     const Expert& expert = c_.state.expert[k];
-    const uint32_t low = at_element(expert.low, &s_->open_at[k], at);
-    return magnitude(d) - low < at_element(expert.high, &s_->keep_at[k], at) - low;
+    const uint32_t low = at_element(expert.low, &Shared::open_at, k, at);
+    return magnitude(d) - low < at_element(expert.high, &Shared::keep_at, k, at) - low;
   }
 
   // Appends the open entries of the experts that have any in this warp; those few are read once more, which

@@ -118,7 +118,7 @@ class GroupMerge {
   bool unit() const {
     for (double weight : r_.weight)
       if (weight != 1) return false;
-    return !scaled_;
+    return !scaled_ && r_.late.empty();
   }
   MapCall call(const int* only_if, const Rounds& rounds, int round) const {
     return {group_, rule_, state_, rounds, round, r_.own_cuts, scaled_, only_if};

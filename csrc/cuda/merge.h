@@ -13,7 +13,7 @@ struct Request {
   bool own_cuts = false;  // each tensor has thresholds of its own; meant for small ones
   Trim trim = Trim::none;
   double lambda = 1;
-  std::vector<double> weight, density, gamma;
+  std::vector<double> weight, late, density, gamma;  // late: none, or one for each expert
   void* workspace = nullptr;
   int64_t samples = 0;   // per expert, a multiple of 32; they serve only the first round
   int64_t capacity = 0;  // undecided entries of one expert that find room

@@ -62,6 +62,7 @@ Rule rule_of(const Request& r) {
   for (int k = 0; k < r.group.experts; ++k) {
     const double density = r.density[size_t(k)];
     rule.weight[k] = float(r.weight[size_t(k)]);
+    rule.late[k] = r.late.empty() ? 1 : float(r.late[size_t(k)]);
     rule.density[k] = density;
     rule.whole[k] = density >= 1;
     rule.limit[k] = random_limit(density);

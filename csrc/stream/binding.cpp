@@ -26,6 +26,7 @@ Rule make_rule(const py::dict& d) {
   rule.all_ties = d["all_ties"].cast<bool>();
   rule.lambda = d["lambda"].cast<double>();
   rule.weight = d["weights"].cast<std::vector<double>>();
+  rule.late = d["late_weights"].cast<std::vector<double>>();
   rule.density = d["densities"].cast<std::vector<double>>();
   rule.one_more = d["one_more"].cast<bool>();
   rule.gamma = d["gammas"].cast<std::vector<double>>();
@@ -166,6 +167,7 @@ class Run {
     s.threads = std::max(1, settings["threads"].cast<int>());
     s.tile = std::max<int64_t>(64, settings["tile"].cast<int64_t>() / 64 * 64);
     s.memory = settings["memory"].cast<int64_t>();
+    s.cached = settings["cached"].cast<int64_t>();
     s.sigmas = settings["sigmas"].cast<double>();
     s.bracket_bias = settings["bracket_bias"].cast<double>();
     s.drop_behind = settings["drop_behind"].cast<bool>();

@@ -10,34 +10,6 @@ namespace pm {
 
 namespace {
 
-// Per expert. The sample serves only the first round of the stream, so a rough one will do.
-constexpr int64_t kMostSamples = 1 << 14;
-
-struct Samples {
-  int64_t clusters, length;     // `length` neighbours are read together
-  std::vector<uint64_t> start;  // flat index of each cluster, ascending
-  uint64_t index(int64_t i) const { return start[size_t(i / length)] + uint64_t(i % length); }
-};
-
-// One cluster at a scattered place in each of equally long strata. In small groups the sample grows with
-// n^(2/3), where its cost and the cost of the undecided it leaves balance.
-template <class Work>
-Samples choose_samples(const Group<Work>& group) {
-  const bool in_files = group.views[0].job().input[0].file != kInMemory;
-  Samples s;
-  s.length = in_files ? 256 : 64;
-  const int64_t wanted = std::min<int64_t>(kMostSamples, int64_t(2 * std::pow(double(group.size), 2.0 / 3)));
-  const int64_t affordable = (int64_t(64) << 20) / (group.experts() * int64_t(sizeof(Work)));
-  s.clusters = std::max<int64_t>(8, std::min(wanted, affordable) / s.length);
-  s.clusters = std::max<int64_t>(1, std::min<int64_t>(s.clusters, int64_t(group.size) / s.length));
-  const uint64_t stratum = group.size / uint64_t(s.clusters);
-  for (int64_t c = 0; c < s.clusters; ++c) {
-    const uint64_t room = stratum - uint64_t(s.length) + 1;
-    s.start.push_back(uint64_t(c) * stratum + scatter(uint64_t(c)) % room / 32 * 32);
-  }
-  return s;
-}
-
 // Standard error, in samples, of how many are kept if those equal to `key` are up to `last_equal`.
 template <class Bits>
 double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equal) {
@@ -55,17 +27,55 @@ double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equ
   return count_error(squares, double(s.clusters));
 }
 
+// More would cost more than it saves: the sample serves only the first round of a stream.
+constexpr int64_t kMostSampleBytes = 64 << 20;
+
 }  // namespace
+
+Samples choose_samples(uint64_t size, int64_t length, int64_t most) {
+  Samples s;
+  s.length = length;
+  const int64_t wanted = std::min<int64_t>(most, int64_t(2 * std::pow(double(size), 2.0 / 3)));
+  s.clusters = std::max<int64_t>(8, wanted / s.length);
+  s.clusters = std::max<int64_t>(1, std::min<int64_t>(s.clusters, int64_t(size) / s.length));
+  const uint64_t stratum = size / uint64_t(s.clusters);
+  for (int64_t c = 0; c < s.clusters; ++c) {
+    const uint64_t room = stratum - uint64_t(s.length) + 1;
+    s.start.push_back(uint64_t(c) * stratum + scatter(uint64_t(c)) % room / 32 * 32);
+  }
+  return s;
+}
+
+template <class Bits>
+CutBracket bracket_cut(const Bits* keys, const Samples& samples, int64_t kept, uint64_t size,
+                       const Settings& settings, bool all_ties, Buffer& memory) {
+  const int64_t total = samples.size();
+  Ranking<Bits> ranking(keys, total, memory.reserve(Ranking<Bits>::bytes(total)));
+  auto cut_at = [&](int64_t rank) -> Cut {
+    const auto [key, place] = ranking.at(rank);
+    return {key, all_ties ? Cut::kAllIndices : samples.index(place) + 1};
+  };
+  const double share = double(kept) / double(size) + settings.bracket_bias;
+  const double centre = std::clamp(share * double(total), 1.0, double(total));
+  const auto [middle, last] = ranking.at(int64_t(centre));
+  const double half = settings.sigmas * rank_error(keys, samples, middle, last) + 1;
+  const Ends ends = ends_around(centre, half);
+  const auto high = int64_t(ends.high), low = int64_t(ends.low);
+  return {low > total ? Cut::keep_nonzero() : cut_at(low).without_zeros(),
+          high < 1 ? Cut::keep_none() : cut_at(high).without_zeros()};
+}
 
 template <class Work>
 Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
   using Bits = typename WorkTraits<Work>::Bits;
+  constexpr int64_t kMostSamples = 1 << 14;  // the first round of a stream needs no more
   const int experts = group.experts();
-  const Samples samples = choose_samples(group);
-  const int64_t total = samples.clusters * samples.length;
+  const bool in_files = group.views[0].job().input[0].file != kInMemory;
+  const int64_t affordable = kMostSampleBytes / (experts * int64_t(sizeof(Work)));
+  const Samples samples = choose_samples(group.size, in_files ? 256 : 64, std::min(kMostSamples, affordable));
   std::vector<std::vector<Bits>> keys(static_cast<size_t>(experts));
   for (int cut = 0; cut < group.cuts(); ++cut)
-    if (group.rank(cut) > 0) keys[size_t(group.expert_of(cut))].resize(size_t(total));
+    if (group.rank(cut) > 0) keys[size_t(group.expert_of(cut))].resize(size_t(samples.size()));
 
   constexpr int64_t kBatch = 64;
   crew.each((samples.clusters + kBatch - 1) / kBatch, [&](int member, int64_t batch) {
@@ -92,31 +102,23 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
 
   const size_t cuts = size_t(group.cuts());
   Bracket bracket{std::vector<Cut>(cuts), std::vector<Cut>(cuts)};
-  const Settings& settings = group.run().settings;
-  const bool all_ties = group.rule().all_ties;
-  crew.each(group.cuts(), [&](int, int64_t number) {
+  crew.each(group.cuts(), [&](int member, int64_t number) {
     const int64_t kept = group.rank(int(number));
     Cut &low = bracket.low[size_t(number)], &high = bracket.high[size_t(number)];
     low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
     if (kept <= 0) return;
-    const std::vector<Bits>& sample = keys[size_t(group.expert_of(int(number)))];
-    Ranking<Bits> ranking(sample.data(), total);
-    auto cut_at = [&](int64_t rank) -> Cut {
-      const auto [key, place] = ranking.at(rank);
-      return {key, all_ties ? Cut::kAllIndices : samples.index(place) + 1};
-    };
-    const double share = double(kept) / double(group.size) + settings.bracket_bias;
-    const double centre = std::clamp(share * double(total), 1.0, double(total));
-    const auto [middle, last] = ranking.at(int64_t(centre));
-    const double half = settings.sigmas * rank_error(sample.data(), samples, middle, last) + 1;
-    const Ends ends = ends_around(centre, half);
-    const auto high_rank = int64_t(ends.high), low_rank = int64_t(ends.low);
-    high = high_rank < 1 ? Cut::keep_none() : cut_at(high_rank).without_zeros();
-    low = low_rank > total ? Cut::keep_nonzero() : cut_at(low_rank).without_zeros();
+    const CutBracket found =
+        bracket_cut(keys[size_t(group.expert_of(int(number)))].data(), samples, kept, group.size,
+                    group.run().settings, group.rule().all_ties, group.run().workers[size_t(member)].words);
+    low = found.low, high = found.high;
   });
   return bracket;
 }
 
+template CutBracket bracket_cut(const uint32_t*, const Samples&, int64_t, uint64_t, const Settings&, bool,
+                                Buffer&);
+template CutBracket bracket_cut(const uint64_t*, const Samples&, int64_t, uint64_t, const Settings&, bool,
+                                Buffer&);
 template Bracket sample_bracket(const Group<float>&, Crew&);
 template Bracket sample_bracket(const Group<double>&, Crew&);
 

@@ -10,6 +10,27 @@ struct Bracket {
   std::vector<Cut> low, high;
 };
 
+// Places that are looked at first: clusters of `length` neighbours, one in each of equally long strata.
+struct Samples {
+  int64_t clusters, length;
+  std::vector<uint64_t> start;  // flat index of each cluster, ascending
+  int64_t size() const { return clusters * length; }
+  uint64_t index(int64_t i) const { return start[size_t(i / length)] + uint64_t(i % length); }
+};
+
+// Of `size` elements, `most` at most; few of few: n^(2/3), where the sample's cost and that of what it leaves
+// undecided balance.
+Samples choose_samples(uint64_t size, int64_t length, int64_t most);
+
+struct CutBracket {
+  Cut low, high;
+};
+
+// Around the cut that `kept` of `size` elements reach, by the keys of samples.
+template <class Bits>
+CutBracket bracket_cut(const Bits* keys, const Samples& samples, int64_t kept, uint64_t size,
+                       const Settings& settings, bool all_ties, Buffer& memory);
+
 template <class Work>
 Bracket sample_bracket(const Group<Work>& group, Crew& crew);
 

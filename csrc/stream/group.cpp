@@ -55,6 +55,13 @@ bool Group<Work>::trims() const {
 }
 
 template <class Work>
+bool Group<Work>::is_whole() const {
+  if (views.size() != 1) return false;
+  const int64_t bytes = int64_t(size) * views[0].job().inputs * views[0].kernel_item();
+  return bytes <= run_.settings.cached;
+}
+
+template <class Work>
 bool Group<Work>::searched() const {
   return std::any_of(ranks_.begin(), ranks_.end(), [](int64_t rank) { return rank > 0; });
 }

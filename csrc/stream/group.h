@@ -37,6 +37,8 @@ class Group {
   bool trims() const;
   // Whether sorting out all keys is cheaper than sampling.
   bool is_small() const { return size <= kSmall; }
+  // One tensor whose inputs the cache holds.
+  bool is_whole() const;
   // Whether any cut lies among the entries.
   bool searched() const;
   // Adds to how many results are NaN.

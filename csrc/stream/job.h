@@ -28,7 +28,7 @@ struct Rule {
   bool base = true, elect = true, normalize = true, rescale = false, all_ties = false, one_more = false;
   Trim trim = Trim::none;
   double lambda = 1;
-  std::vector<double> weight, density, gamma, epsilon;  // one for each expert, or none
+  std::vector<double> weight, late, density, gamma, epsilon;  // one for each expert, or none
   Blending blend;
   Fuse fuse = Fuse::none;
   double t = 0, boost = 0, most_boost = 0;  // the numbers of a fuse's formula
@@ -55,6 +55,7 @@ struct Settings {
   int threads = 1;
   int64_t tile = 32768;
   int64_t memory = 64 << 20;  // for undecided positions
+  int64_t cached = 2 << 20;   // bytes of a tensor's inputs up to which it is merged in the cache
   double sigmas = 4;          // half width of the bracket in standard errors
   double bracket_bias = 0;    // shifts the bracket by this share of the ranks: tests force a miss with it
   bool drop_behind = false;   // tell the kernel that inputs read are not needed again

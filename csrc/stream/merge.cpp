@@ -72,9 +72,8 @@ class GroupMerge {
     if (!by_magnitude(rule_.trim) || !group_.trims()) return map({});
     if (!run_.cuts[size_t(group_.number)].empty()) return finish(run_.cuts[size_t(group_.number)]);
     run_.report.searched += 1;
+    if (group_.searched() && group_.is_whole()) return merge_whole();
     if (group_.is_small() || !group_.searched()) return finish(small_cuts());
-    // With `rescale` all is mapped again anyway, and a search does not tell where a cut among zeros lies.
-    if (!group_.further.empty() && !rule_.rescale) return finish(search_cuts<Work>({&group_}, crew_)[0]);
     Bracket bracket = sample_bracket(group_, crew_);
     Streaming<Work> streaming(group_, crew_, &params_);
     try {
@@ -113,6 +112,23 @@ class GroupMerge {
     map(cuts);
   }
 
+  // Every input is read once, but for `rescale`.
+  void merge_whole() {
+    const Tile tile = load_whole(group_, crew_);
+    const std::vector<Cut> cuts = whole_cuts(group_, tile, crew_);
+    if (rule_.rescale) return finish(cuts);
+    run_.cuts[size_t(group_.number)] = cuts;
+    const JobView& view = group_.views[0];
+    crew_.each(group_.piece_count(run_.settings.tile), [&](int member, int64_t number) {
+      const auto piece = group_.piece(number, run_.settings.tile);
+      Worker& worker = run_.workers[size_t(member)];
+      worker.tile = tile;
+      for (const void*& expert : worker.tile.expert) expert = view.shifted(expert, piece.first);
+      if (tile.base) worker.tile.base = view.shifted(tile.base, piece.first);
+      map_piece<Work>({group_, cuts, params_}, worker, piece);
+    });
+  }
+
   std::vector<Cut> small_cuts() {
     const int experts = group_.experts();
     std::vector<Cut> cuts(static_cast<size_t>(group_.cuts()), Cut::keep_all());
@@ -131,7 +147,9 @@ class GroupMerge {
     for (int cut = 0; cut < group_.cuts(); ++cut) {
       if (group_.rank(cut) <= 0) continue;
       const Bits* key_of = keys[size_t(group_.expert_of(cut))].data();
-      const auto [key, last] = Ranking<Bits>(key_of, int64_t(group_.size)).at(group_.rank(cut));
+      const int64_t size = int64_t(group_.size);
+      void* memory = worker.words.reserve(Ranking<Bits>::bytes(size));
+      const auto [key, last] = Ranking<Bits>(key_of, size, memory).at(group_.rank(cut));
       cuts[size_t(cut)] = {key, rule_.all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
     }
     return cuts;

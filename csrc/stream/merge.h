@@ -35,8 +35,16 @@ Coefficients group_coefficients(const Group<Work>& group, const Gram& gram);
 template <class Work>
 std::vector<Cut> exact_cuts(const Group<Work>& group, Crew& crew);
 
+// All inputs of a group that is whole; the tile lasts until the crew's last worker loads another one.
+template <class Work>
+Tile load_whole(const Group<Work>& group, Crew& crew);
+
+// The exact cuts of a group that is whole, from its tile.
+template <class Work>
+std::vector<Cut> whole_cuts(const Group<Work>& group, const Tile& tile, Crew& crew);
+
 // The exact cuts of groups over the same inputs, which trim alike but for their ranks: one reading for each
-// expert. Not for small groups.
+// expert, or one for all where groups are whole. Not for small groups of several tensors.
 template <class Work>
 std::vector<std::vector<Cut>> search_cuts(const std::vector<const Group<Work>*>& groups, Crew& crew);
 

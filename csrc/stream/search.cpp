@@ -30,6 +30,12 @@ std::vector<Cut> search_expert(const Group<Work>& whole, int expert, std::vector
 
 template <class Work>
 std::vector<std::vector<Cut>> search_cuts(const std::vector<const Group<Work>*>& groups, Crew& crew) {
+  if (groups[0]->is_whole()) {
+    const Tile tile = load_whole(*groups[0], crew);
+    std::vector<std::vector<Cut>> all;
+    for (const Group<Work>* group : groups) all.push_back(whole_cuts(*group, tile, crew));
+    return all;
+  }
   const int experts = groups[0]->experts();
   std::vector<std::map<int64_t, Cut>> found(static_cast<size_t>(experts));  // by rank
   for (const Group<Work>* group : groups)

@@ -11,10 +11,11 @@ namespace pm {
 // The parameter block of one tensor with the arrays it points to.
 template <class Work>
 struct TensorParams {
-  std::vector<Work> weight, scale;
+  std::vector<Work> weight, scale, late;
   MapParams<Work> block;
 
-  explicit TensorParams(const Rule& rule) : scale(rule.weight.size(), Work(1)) {
+  explicit TensorParams(const Rule& rule)
+      : scale(rule.weight.size(), Work(1)), late(rule.late.begin(), rule.late.end()) {
     Work total = 0;
     for (double w : rule.weight) {
       weight.push_back(Work(w));
@@ -27,13 +28,14 @@ struct TensorParams {
     block.t = Work(rule.t);
     block.votes = rule.votes;
     block.weight = weight.data(), block.scale = scale.data();
+    block.late = late.empty() ? nullptr : late.data();
   }
   TensorParams(TensorParams&&) = default;  // moved vectors keep their memory, so the block stays true
 
   bool unit() const {
     auto is_one = [](Work w) { return w == 1; };
     return std::all_of(weight.begin(), weight.end(), is_one) &&
-           std::all_of(scale.begin(), scale.end(), is_one);
+           std::all_of(scale.begin(), scale.end(), is_one) && late.empty();
   }
 };
 

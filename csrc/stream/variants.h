@@ -31,14 +31,22 @@ class Variants {
 
   Group<Work>& first() { return groups_[0]; }
 
-  // Finds the cuts of all leaders together, where that is less work than one by one.
+  // Finds the cuts of leaders that trim alike together. One alone merges and searches in the same reading,
+  // but for followers cuts must be final before anything is written.
   void search(Crew& crew) {
-    std::vector<const Group<Work>*> wanting;
-    for (const Group<Work>* group : leaders_)
-      if (is_searched(*group) && trims_alike(*group, *leaders_[0])) wanting.push_back(group);
-    if (wanting.size() < 2) return;
-    const std::vector<std::vector<Cut>> cuts = search_cuts(wanting, crew);
-    for (size_t i = 0; i < cuts.size(); ++i) wanting[i]->run().cuts[size_t(wanting[i]->number)] = cuts[i];
+    std::vector<const Group<Work>*> left;
+    std::copy_if(leaders_.begin(), leaders_.end(), std::back_inserter(left),
+                 [](const Group<Work>* group) { return is_searched(*group); });
+    while (!left.empty()) {
+      const Group<Work>& first = *left[0];
+      const auto others = std::stable_partition(
+          left.begin(), left.end(), [&](const Group<Work>* group) { return trims_alike(*group, first); });
+      const std::vector<const Group<Work>*> alike(left.begin(), others);
+      left.erase(left.begin(), others);
+      if (alike.size() == 1 && first.further.empty()) continue;
+      const std::vector<std::vector<Cut>> cuts = search_cuts(alike, crew);
+      for (size_t i = 0; i < alike.size(); ++i) alike[i]->run().cuts[size_t(alike[i]->number)] = cuts[i];
+    }
   }
 
   // Merges those leaders together that need but one reading more, the others one by one: merge(leader).
@@ -76,8 +84,9 @@ class Variants {
     return !by_magnitude(rule.trim) || !group.trims() || !group.run().cuts[size_t(group.number)].empty();
   }
   static bool is_searched(const Group<Work>& group) {
-    return by_magnitude(group.rule().trim) && !group.rule().rescale && !group.is_small() &&
-           group.searched() && group.run().cuts[size_t(group.number)].empty();
+    return by_magnitude(group.rule().trim) && !group.rule().rescale &&
+           (group.is_whole() || !group.is_small()) && group.searched() &&
+           group.run().cuts[size_t(group.number)].empty();
   }
   static bool trims_alike(const Group<Work>& a, const Group<Work>& b) {
     return a.rule().trim == b.rule().trim && a.rule().all_ties == b.rule().all_ties;

@@ -259,6 +259,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
         "trim": TRIMS[rule.trim],
         "lambda": rule.lambda_,
         "weights": list(rule.weights),
+        "late_weights": list(rule.late_weights),
         "densities": list(rule.densities),
         "gammas": list(rule.gammas),
     }

@@ -49,14 +49,16 @@ class Settings:
 
     `threads`: 0 for one per available core. `tile`: elements per step. `memory`: bytes for undecided
     positions before they go to `spill` (an open read-write file) or, without one, the exact two-pass route
-    is taken. `sigmas`: half width of the threshold bracket in standard errors. `bracket_bias` shifts the
-    bracket by that share of the ranks, so that tests can force a miss. `drop_behind`: inputs are not needed
-    again soon.
+    is taken. `cached`: bytes of inputs up to which a tensor is merged in the cache: loaded once, its cuts
+    found, then mapped. `sigmas`: half width of the threshold bracket in standard errors. `bracket_bias`
+    shifts the bracket by that share of the ranks, so that tests can force a miss. `drop_behind`: inputs are
+    not needed again soon.
     """
 
     threads: int = 0
     tile: int = 32768
     memory: int = 64 << 20
+    cached: int = 2 << 20
     isa: Isa = Isa.AUTO
     sigmas: float = 4.0
     bracket_bias: float = 0.0
@@ -248,6 +250,7 @@ def _rule_row(rule: Rule) -> dict[str, object]:
             "all_ties": rule.threshold_ties is ThresholdTies.ALL,
             "lambda": rule.lambda_,
             "weights": list(rule.weights),
+            "late_weights": list(rule.late_weights),
             "densities": list(rule.densities),
             "gammas": list(rule.gammas),
             "one_more": rule.one_more,
@@ -323,6 +326,7 @@ def _settings_row(settings: Settings, jobs: Sequence[TensorJob]) -> dict[str, ob
         "threads": min(settings.threads or available_cores(), max(tiles, 1)),
         "tile": settings.tile,
         "memory": settings.memory,
+        "cached": settings.cached,
         "sigmas": settings.sigmas,
         "bracket_bias": settings.bracket_bias,
         "drop_behind": settings.drop_behind,

@@ -15,6 +15,7 @@ nothing is flushed to zero, no sum over k is reordered.
     S      = sum of v_k over kept k        sequential in k from +0
     side   = + if S >= 0 else -
     num    = sum of v_k, den = sum of w_k  over kept k with v_k > 0 (side +) or v_k < 0 (side -), sequential
+             with late weights the sum of v_k * u_k, a rounding more: u_k neither votes nor divides
     den    = 1 if den == 0                 v_k == 0 never counts
     out    = round_to_out_dtype(b + lambda * (num / den  or, without normalize, num))
 
@@ -340,6 +341,8 @@ def combine(base: Tensor, deltas: Sequence[Tensor], kept: Sequence[Tensor], rule
     mass = None
     if rule.elect:
         mass, kept = elect(values, kept)
+        if rule.late_weights:
+            values = [v * base.new_tensor(u) for v, u in zip(values, rule.late_weights, strict=True)]
     num, den = torch.zeros_like(base), torch.zeros_like(base)
     for v, keep, w in zip(values, kept, weights, strict=True):
         num = num + torch.where(keep, v, 0.0)

@@ -156,7 +156,7 @@ class Merge:
         needs_sums = rule.rescale and rule.trim is not Trim.NONE and self.trim is not Trim.NONE
         every = [*self.plain, *self.small, *searched]
         self.masses = {id(wave): Masses(wave, self.trim) for wave in every} if needs_sums else {}
-        self.unit = all(w == 1 for w in rule.weights) and not needs_sums
+        self.unit = all(w == 1 for w in rule.weights) and not needs_sums and not rule.late_weights
         extents = [Extent.of(wave) for wave in (*self.plain, *self.small, *self.exact)]
         extents += [one.extent for one in self.streamed]
         # The verdicts and cuts of waves that missed live beside another wave's tables.
@@ -353,6 +353,7 @@ class Merge:
             "ELECT": self.rule.elect,
             "NORMALIZE": self.rule.normalize,
             "UNIT": self.unit,
+            "LATE": bool(self.rule.late_weights),
             "num_warps": THREADS // (64 if torch.version.hip else 32),
             **EXACT,
         }

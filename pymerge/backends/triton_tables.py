@@ -184,7 +184,7 @@ class Wave:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
 
     def _numbers(self) -> NDArray[np.float32]:
-        """Weights, lambda, divisor, and a scale of 1 for every tensor and expert."""
+        """Weights, lambda, divisor, late weights, and a scale of 1 for every tensor and expert."""
         weights = np.array(self.rule.weights, np.float32)
         total = np.float32(0)
         for weight in weights:
@@ -192,11 +192,12 @@ class Wave:
         if self.rule.task_vector and abs(total) < np.float32(1e-8):
             total = np.float32(1)
         scales = np.ones(len(self.members) * self.experts, np.float32)
-        return np.concatenate([weights, np.array([self.rule.lambda_, total], np.float32), scales])
+        late = np.array(self.rule.late_weights or [1] * self.experts, np.float32)
+        return np.concatenate([weights, np.array([self.rule.lambda_, total], np.float32), late, scales])
 
     def scales_on(self) -> Tensor:
         """The scales, (T, K), where kernels read them."""
-        return self.numbers_on[self.experts + 2 :].view(len(self.members), self.experts)
+        return self.numbers_on[2 * self.experts + 2 :].view(len(self.members), self.experts)
 
     def ranks(self) -> list[Integers]:
         """How many entries of each group reach each expert's threshold, (G, K); -1: all, no trim.

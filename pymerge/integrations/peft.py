@@ -4,8 +4,8 @@
         model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="ties", density=0.2)
     print(patches.summary())
 
-A whole adapter by `ties` or `magnitude_prune` is gathered and made in few calls (peft_batch). One by one
-pymerge trims for these and sums for `task_arithmetic`; votes and divisors are then PEFT's own code. Results
+A whole adapter by `ties` or `magnitude_prune` is gathered and made in few calls (peft_batch). Of more than
+four adapters, and for votes by frequency, pymerge only trims, and the rest is PEFT's own code. Results
 have PEFT's bits, but for entries equal to a threshold, of which the first are kept (PEFT: any of them), and
 the sign of zeros. `dare_linear` and `dare_ties` stay with PEFT, for torch's generator draws their entries.
 """
@@ -30,6 +30,8 @@ TOOL = "PEFT"
 # Below so many elements PEFT is faster than a call of merge_tensors (0.3 ms), by magnitude and by sum.
 SMALLEST_TRIM = 1 << 14
 SMALLEST_SUM = 1 << 18
+# What is left to PEFT: by intent, or because the arguments are of a kind not known.
+LEFT_ERRORS = (Left, PymergeError, AttributeError, TypeError)
 FUNCTIONS = ("dare_linear", "dare_ties", "magnitude_prune", "task_arithmetic", "ties")
 
 
@@ -95,7 +97,7 @@ def _maker(
                 return gathered
             try:
                 result = ours(*given, **named)
-            except (Left, PymergeError, TypeError) as reason:  # TypeError: other arguments than are known
+            except LEFT_ERRORS as reason:
                 tally.leave(name, str(reason))
                 return original(*given, **named)
             tally.make(name)
@@ -119,6 +121,8 @@ def _without_gradient(ours: Function) -> Function:
 def _ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: str = "total"
 ) -> Tensor:
+    if majority_sign_method == "total" and _is_simple(task_tensors, weights):
+        return _at_once("ties", task_tensors, weights, density)
     utils = _modules()[0]
     trimmed = _trimmed(task_tensors, density)
     agree = utils.calculate_majority_sign_mask(trimmed, method=majority_sign_method)
@@ -128,6 +132,8 @@ def _ties(
 
 
 def _magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    if _is_simple(task_tensors, weights):
+        return _at_once("magnitude_prune", task_tensors, weights, density)
     utils = _modules()[0]
     trimmed = _trimmed(task_tensors, density)
     weighted = trimmed * utils.reshape_weight_task_tensors(trimmed, weights)
@@ -142,7 +148,7 @@ def _task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
     _check(task_tensors, SMALLEST_SUM)
     if len(task_tensors) > peft_batch.MOST_SUMMED:
         raise Left(f"more than {peft_batch.MOST_SUMMED} adapters")
-    if weights.dtype is not torch.float32 or weights.shape != (len(task_tensors),) or weights.requires_grad:
+    if not _is_simple(task_tensors, weights):
         raise Left("weights of another kind")
     return merge_tensors(
         None,
@@ -159,17 +165,37 @@ def _drawn(*given: Any, **named: Any) -> Tensor:
     raise Left("torch's generator draws")
 
 
+def _is_simple(tensors: Sequence[Tensor], weights: Tensor) -> bool:
+    """Whether torch adds up so few in their order, and the weights are numbers in float32."""
+    import torch
+
+    if len(tensors) > peft_batch.MOST_SUMMED:
+        return False
+    plain = weights.dtype is torch.float32 and not weights.requires_grad
+    return plain and weights.shape == (len(tensors),)
+
+
+def _at_once(method: str, tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """A whole merge in one call, in float32, which 16-bit tensors times weights in float32 are in torch."""
+    import torch
+
+    _check_trim(tensors, density)
+    result = torch.empty(tensors[0].shape, dtype=torch.float32, device=tensors[0].device)
+    peft_batch.merge_at_once(method, [tensors], [result], weights.tolist(), density)
+    if not peft_batch.is_finite(result):
+        raise Left(peft_batch.NOT_FINITE)
+    return result
+
+
 def _trimmed(tensors: Sequence[Tensor], density: float) -> Tensor:
     """The int(density * n) largest entries of each, the first of equals, the rest zero; stacked."""
     import torch
 
     from pymerge.tensors import merge_tensors
 
-    _check(tensors, SMALLEST_TRIM)
-    if not 0 < density < 1 or int(density * tensors[0].numel()) == 0:
-        raise Left("all or nothing is kept")
+    _check_trim(tensors, density)
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
-        raise Left("an entry that is not finite")  # zero times it is NaN in PEFT
+        raise Left(peft_batch.NOT_FINITE)
     stack = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype, device=tensors[0].device)
     names = [str(k) for k in range(len(tensors))]
     # With one expert and a base of zeros ties is its trim; all tensors go in one call.
@@ -183,6 +209,12 @@ def _trimmed(tensors: Sequence[Tensor], density: float) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return stack
+
+
+def _check_trim(tensors: Sequence[Tensor], density: float) -> None:
+    _check(tensors, SMALLEST_TRIM)
+    if not 0 < density < 1 or int(density * tensors[0].numel()) == 0:
+        raise Left("all or nothing is kept")
 
 
 def _check(tensors: Sequence[Tensor], smallest: int) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pymerge.errors import PymergeError
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
 # torch adds up more in an order of its own, so bits would differ.
 MOST_SUMMED = 4
-# Trimmed entries at a time: they stay in the cache, and the memory is the same one for all.
-BATCH = 1 << 21
-METHODS = ("ties", "magnitude_prune")
+# What PEFT's methods are called here.
+RULES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "ties": {"method": "ties", "preset": "peft"},
+        "magnitude_prune": {"method": "breadcrumbs", "gamma": 0.0},
+    }
+)
 # Zero times such an entry is NaN in PEFT.
 NOT_FINITE = "an entry that is not finite"
 # The method of LoraModel that merges the two tensors of one layer.
@@ -37,32 +42,15 @@ class Asked:
 
     method: str
     tensors: list[Tensor]
-    weights: Tensor
+    weights: tuple[float, ...]
     density: float
-    majority: str
+    given: tuple[Any, ...]  # the arguments of PEFT's function
     out: Tensor
-
-    @property
-    def count(self) -> int:
-        """Elements of the result."""
-        return int(self.tensors[0].numel())
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What the merges of one call have in common."""
-        return self.tensors[0].dtype, len(self.tensors), self.density, self.scale
-
-    @property
-    def scale(self) -> float | None:
-        """A weight that all share and that rounds nothing, so that it may as well multiply the result."""
-        weight, *others = set(self.weights.tolist())
-        exact = not others and abs(math.frexp(weight)[0]) == 0.5  # a power of two
-        return weight if exact and self.method == "ties" and self.majority == "total" else None
-
-    @property
-    def given(self) -> tuple[Any, ...]:
-        """The arguments of PEFT's function."""
-        return self.tensors, self.weights, self.density, *((self.majority,) if self.method == "ties" else ())
+        return self.method, self.tensors[0].dtype, self.out.dtype, self.weights, self.density
 
 
 class Gathering:
@@ -80,7 +68,7 @@ class Gathering:
         if self._of_layer is None:
             return None
         try:
-            asked = _asked(method, *given, **named) if method in METHODS else None
+            asked = _asked(method, *given, **named) if method in RULES else None
         except (AttributeError, TypeError):  # another version of PEFT passes something else
             asked = None
         self._of_layer.append(asked)
@@ -110,25 +98,33 @@ class Gathering:
         """Fills every tensor that was handed out."""
         import torch
 
+        kinds: dict[object, list[Asked]] = {}
+        for asked in self._asked:
+            kinds.setdefault(asked.kind, []).append(asked)
         with torch.no_grad():
-            for batch in _batches(self._asked):
+            for batch in kinds.values():
                 self._make(batch)
 
     def _make(self, batch: Sequence[Asked]) -> None:
+        first = batch[0]
+        reasons: list[str | None] = [None] * len(batch)
         try:
-            if batch[0].scale is not None:
-                results = _merged_at_once(batch, batch[0].scale)
-            else:
-                results = [_merged(asked, rows) for asked, rows in zip(batch, _trimmed(batch), strict=True)]
-        except PymergeError as reason:
-            results = [str(reason)] * len(batch)
-        for asked, result in zip(batch, results, strict=True):
-            if isinstance(result, str):
-                self._tally.leave(asked.method, result)
-                result = self._originals[asked.method](*asked.given)
-            else:
+            merge_at_once(
+                first.method,
+                [asked.tensors for asked in batch],
+                [asked.out for asked in batch],
+                first.weights,
+                first.density,
+            )
+            reasons = [None if is_finite(asked.out) else NOT_FINITE for asked in batch]
+        except PymergeError as error:
+            reasons = [str(error)] * len(batch)
+        for asked, reason in zip(batch, reasons, strict=True):
+            if reason is None:
                 self._tally.make(asked.method)
-            asked.out.copy_(result)
+            else:
+                self._tally.leave(asked.method, reason)
+                asked.out.copy_(self._originals[asked.method](*asked.given))
 
 
 def patch(patches: Patches, model: Any, originals: Mapping[str, Function]) -> ContextVar[Gathering | None]:
@@ -180,7 +176,7 @@ def _asked(
     import torch
 
     size = tensors[0].numel() if tensors else 0
-    if not 1 <= len(tensors) <= MOST_SUMMED or majority not in ("total", "frequency"):
+    if not 1 <= len(tensors) <= MOST_SUMMED or majority != "total":
         return None
     if weights.dtype is not torch.float32 or weights.shape != (len(tensors),) or weights.requires_grad:
         return None
@@ -191,106 +187,44 @@ def _asked(
     with torch.no_grad():
         if why_left(tensors) is not None:
             return None
-    return Asked(method, list(tensors), weights, density, majority, tensors[0])
+    given = (list(tensors), weights, density, *((majority,) if method == "ties" else ()))
+    return Asked(method, given[0], tuple(weights.tolist()), density, given, tensors[0])
 
 
-def _batches(asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-    """Runs of one element type and one density, of up to BATCH entries or a single merge."""
-    batch: list[Asked] = []
-    size = 0
-    for one in asked:
-        entries = len(one.tensors) * one.count
-        if batch and (one.kind != batch[0].kind or size + entries > BATCH):
-            yield batch
-            batch, size = [], 0
-        batch.append(one)
-        size += entries
-    if batch:
-        yield batch
+def merge_at_once(
+    method: str,
+    tensors: Sequence[Sequence[Tensor]],
+    outs: Sequence[Tensor],
+    weights: Sequence[float],
+    density: float,
+) -> None:
+    """Merges the tensors of each result into `outs`, with PEFT's bits where they come out finite.
 
-
-def _merged_at_once(batch: Sequence[Asked], scale: float) -> list[Tensor | str]:
-    """The results, written where they belong: with one weight for all PEFT's ties is pymerge's."""
+    `method`: one of RULES, voting by mass. `outs`: of one type. Of each tensor the int(density * n) largest entries are kept,
+    the first of equals. Raises PymergeError.
+    """
     import torch
 
     from pymerge.tensors import merge_tensors
 
-    names = [str(k) for k in range(len(batch))]
-    zeros = torch.zeros(max(asked.count for asked in batch), dtype=batch[0].tensors[0].dtype)
-    inputs = zip(*([tensor.reshape(-1) for tensor in asked.tensors] for asked in batch), strict=True)
+    names = [str(k) for k in range(len(outs))]
+    sizes = [out.numel() for out in outs]
+    zeros = torch.zeros(max(sizes), dtype=tensors[0][0].dtype, device=outs[0].device)
+    inputs = zip(*([tensor.reshape(-1) for tensor in row] for row in tensors), strict=True)
     merge_tensors(
-        {name: zeros[: asked.count] for name, asked in zip(names, batch, strict=True)},
+        {name: zeros[:size] for name, size in zip(names, sizes, strict=True)},
         [dict(zip(names, row, strict=True)) for row in inputs],
-        method="ties",
-        density=batch[0].density,
-        lambda_=scale,
-        out={name: asked.out.view(-1) for name, asked in zip(names, batch, strict=True)},
+        weight=weights,
+        density=density,
+        out={name: out.view(-1) for name, out in zip(names, outs, strict=True)},
+        out_dtype=outs[0].dtype,
         threads=torch.get_num_threads(),
+        **RULES[method],
     )
-    return [asked.out if _is_finite(asked.out) else NOT_FINITE for asked in batch]
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """Whether all entries are, and their sum."""
     import torch
 
     return math.isfinite(tensor.sum(dtype=torch.float32))
-
-
-def _trimmed(batch: Sequence[Asked]) -> list[list[Tensor]]:
-    """For each merge its flat tensors with their largest entries, the first of equals, the rest zero."""
-    import torch
-
-    from pymerge.tensors import merge_tensors
-
-    flat = [tensor.reshape(-1) for asked in batch for tensor in asked.tensors]
-    sizes = [tensor.numel() for tensor in flat]
-    names = [str(k) for k in range(len(flat))]
-    outs = torch.empty(sum(sizes), dtype=flat[0].dtype).split(sizes)
-    zeros = torch.zeros(max(sizes), dtype=flat[0].dtype)
-    # With one expert and a base of zeros ties is its trim.
-    merge_tensors(
-        {name: zeros[:size] for name, size in zip(names, sizes, strict=True)},
-        [dict(zip(names, flat, strict=True))],
-        method="ties",
-        density=batch[0].density,
-        normalize=False,
-        out=dict(zip(names, outs, strict=True)),
-        threads=torch.get_num_threads(),
-    )
-    each = iter(outs)
-    return [[next(each) for _ in asked.tensors] for asked in batch]
-
-
-def _merged(asked: Asked, rows: Sequence[Tensor]) -> Tensor | str:
-    """What PEFT makes of trimmed `rows`, in float32, step by step with its roundings; or why it must."""
-    rows = [row.float() for row in rows]
-    total = _sum(rows)
-    if not _is_finite(total):
-        return NOT_FINITE
-    weights = asked.weights.tolist()
-    if asked.method == "magnitude_prune":
-        result = _sum([row * weight for row, weight in zip(rows, weights, strict=True)])
-    else:
-        votes = total if asked.majority == "total" else _sum([row.sign() for row in rows])
-        result = _elected(rows, weights, votes)
-    return result.view(asked.tensors[0].shape)
-
-
-def _elected(rows: Sequence[Tensor], weights: Sequence[float], votes: Tensor) -> Tensor:
-    """The weighted sum of the entries that have the sign of `votes`, over their number."""
-    import torch
-
-    side = torch.copysign(torch.ones(()), votes + 0.0)  # minus zero elects plus
-    agreeing = [(row * side).relu_() for row in rows]
-    counts = _sum([entries.sign() for entries in agreeing]).clamp_(min=1)
-    weighted = _sum([entries.mul_(weight) for entries, weight in zip(agreeing, weights, strict=True)])
-    return weighted.mul_(side).div_(counts)
-
-
-def _sum(rows: Sequence[Tensor]) -> Tensor:
-    """One after the other, as torch sums up to MOST_SUMMED; the first row may come back itself."""
-    total = rows[0]
-    for row in rows[1:]:
-        total = total + row
-    return total
