@@ -200,8 +200,8 @@ def merge_at_once(
 ) -> None:
     """Merges the tensors of each result into `outs`, with PEFT's bits where they come out finite.
 
-    `method`: one of RULES, voting by mass. `outs`: of one type. Of each tensor the int(density * n) largest entries are kept,
-    the first of equals. Raises PymergeError.
+    `method`: one of RULES, voting by mass. `outs`: of one type. Of each tensor the int(density * n) largest
+    entries are kept, the first of equals. Raises PymergeError.
     """
     import torch
 
