@@ -79,7 +79,7 @@ def turns(
 # -- mergekit -----------------------------------------------------------------------------------------------
 
 
-def in_mergekit(given: argparse.Namespace) -> list[Row]:
+def in_mergekit(given: argparse.Namespace) -> Iterator[list[Row]]:
     """Every method on one tensor of rows of 1,024 elements."""
     from mergekit.merge_methods import merge_tensors
 
@@ -87,7 +87,6 @@ def in_mergekit(given: argparse.Namespace) -> list[Row]:
 
     tensors = [t.view(-1, 1024) for t in make_inputs(given.count, given.experts, getattr(torch, given.dtype))]
     sides: dict[str, Side] = {"off": nullcontext, "on": mergekit.enable}
-    rows = []
     for method in given.methods.split(",") if given.methods else METHODS:
         setup = SETUPS[method]
         inputs = tensors[: len(tensors) if setup.experts is None else setup.experts + 1]
@@ -104,8 +103,7 @@ def in_mergekit(given: argparse.Namespace) -> list[Row]:
             merge_tensors(inputs, method, base_index=base, parameters=parameters)
 
         row = ("mergekit", method, given.count, len(inputs) - setup.base, given.dtype)
-        rows += turns(row, sides, given.runs, work)
-    return rows
+        yield turns(row, sides, given.runs, work)
 
 
 # -- PEFT ---------------------------------------------------------------------------------------------------
@@ -143,14 +141,13 @@ def no_merges() -> Iterator[None]:
             setattr(lora, name, original)
 
 
-def in_peft(given: argparse.Namespace) -> list[Row]:
+def in_peft(given: argparse.Namespace) -> Iterator[list[Row]]:
     """`add_weighted_adapter` for 2 and 3 adapters; `--alphas` 16 is a weight of 1, 32 one of sqrt(2)."""
     from peft import LoraConfig, get_peft_model
 
     from pymerge.integrations import peft
 
     sides: dict[str, Side] = {"off": nullcontext, "on": peft.enable, "set-up": no_merges}
-    rows = []
     for alpha in map(int, given.alphas.split(",")):
         config = LoraConfig(r=RANK, lora_alpha=alpha, target_modules=list(SHAPES), init_lora_weights=False)
         model = get_peft_model(llama(given.layers), config, adapter_name="0")
@@ -166,8 +163,7 @@ def in_peft(given: argparse.Namespace) -> list[Row]:
                     model.delete_adapter("merged")
 
                 row = ("PEFT", f"{method}, alpha {alpha}", elements, adapters, "float32")
-                rows += turns(row, sides, given.runs, work)
-    return rows
+                yield turns(row, sides, given.runs, work)
 
 
 # -- results ------------------------------------------------------------------------------------------------
@@ -216,9 +212,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = [] if given.tool == "peft" else in_mergekit(given)
-    rows += [] if given.tool == "mergekit" else in_peft(given)
-    save(rows, given.threads)
+    measuring = {"mergekit": in_mergekit, "peft": in_peft}
+    rows: list[Row] = []
+    for tool in measuring if given.tool == "both" else [given.tool]:
+        for measured in measuring[tool](given):  # saved method by method: all of them take long
+            save(measured, given.threads)
+            rows += measured
     print(table(rows))
     print(", ".join(f"{name} {value}" for name, value in describe().items() if value))
 

@@ -3,8 +3,8 @@
     python -m bench.sweep --dir /dev/shm
     python -m bench.sweep --session
 
-A sweep's outputs are compared with those of single merges, all of them. One row per run goes to
-bench/results/sweep.csv.
+A sweep's outputs are compared with those of single merges, all of them. The floor reads the inputs once and
+writes as much as sixteen outputs, but hashes nothing. One row per run goes to bench/results/sweep.csv.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SWEEPS: Mapping[str, Mapping[str, Sequence[float]]] = {
     "4 densities x 4 lambdas": {"density": (0.1, 0.2, 0.4, 0.8), "lambda": (0.3, 0.5, 0.7, 1.0)},
     "16 densities": {"density": DENSITIES},
 }
-SINGLE = "single merge"
+SINGLE, FLOOR = "single merge", "floor of 16 outputs"
 SESSION_MERGES = 1000
 SESSION_SHAPE, SESSION_EXPERTS = (1024, 1024), 8
 
@@ -83,12 +83,18 @@ def sweeps(folder: Path, given: argparse.Namespace) -> list[Row]:
     recipe = write_recipe(folder / "recipe.yml", "ties", models, 0.2)
     out, where = folder / "out", "memory" if on_memory(folder) else "disk"
     command = [sys.executable, "-m", "pymerge"]
+    written = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
     rows = []
     for number in range(given.runs):
         merged = run([*command, "merge", recipe, out, "--quiet"])
         remove(out)
         rows.append(
             Row(SINGLE, where, params, given.experts, number, 1, None, merged.seconds, merged.peak_rss_mb)
+        )
+        floor = run([sys.executable, "-m", "bench.floor", out, *models, "--write", str(16 * written)])
+        remove(out)
+        rows.append(
+            Row(FLOOR, where, params, given.experts, number, 16, None, floor.seconds, floor.peak_rss_mb)
         )
         for what, values in SWEEPS.items():
             swept = run([*command, "sweep", recipe, out, "--quiet", *flags_of(values)])

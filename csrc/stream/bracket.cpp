@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "../core/bracket.h"
 #include "../core/rounds.h"
@@ -47,18 +48,21 @@ Samples choose_samples(uint64_t size, int64_t length, int64_t most) {
 }
 
 template <class Bits>
-CutBracket bracket_cut(const Bits* keys, const Samples& samples, int64_t kept, uint64_t size,
-                       const Settings& settings, bool all_ties, Buffer& memory) {
-  const int64_t total = samples.size();
-  Ranking<Bits> ranking(keys, total, memory.reserve(Ranking<Bits>::bytes(total)));
+SampledKeys<Bits>::SampledKeys(const Bits* keys, const Samples& samples, Buffer& memory)
+    : keys_(keys),
+      samples_(samples),
+      ranking_(keys, samples.size(), memory.reserve(KeyRanking<Bits>::bytes(samples.size()))) {}
+
+template <class Bits>
+CutBracket SampledKeys<Bits>::around(double share, double sigmas, bool all_ties) {
+  const int64_t total = samples_.size();
   auto cut_at = [&](int64_t rank) -> Cut {
-    const auto [key, place] = ranking.at(rank);
-    return {key, all_ties ? Cut::kAllIndices : samples.index(place) + 1};
+    const PlacedKey<Bits> last = ranking_.at(rank);
+    return {last.key(last), all_ties ? Cut::kAllIndices : samples_.index(last.place()) + 1};
   };
-  const double share = double(kept) / double(size) + settings.bracket_bias;
   const double centre = std::clamp(share * double(total), 1.0, double(total));
-  const auto [middle, last] = ranking.at(int64_t(centre));
-  const double half = settings.sigmas * rank_error(keys, samples, middle, last) + 1;
+  const PlacedKey<Bits> middle = ranking_.at(int64_t(centre));
+  const double half = sigmas * rank_error(keys_, samples_, middle.key(middle), middle.place()) + 1;
   const Ends ends = ends_around(centre, half);
   const auto high = int64_t(ends.high), low = int64_t(ends.low);
   return {low > total ? Cut::keep_nonzero() : cut_at(low).without_zeros(),
@@ -102,23 +106,26 @@ Bracket sample_bracket(const Group<Work>& group, Crew& crew) {
 
   const size_t cuts = size_t(group.cuts());
   Bracket bracket{std::vector<Cut>(cuts), std::vector<Cut>(cuts)};
-  crew.each(group.cuts(), [&](int member, int64_t number) {
-    const int64_t kept = group.rank(int(number));
-    Cut &low = bracket.low[size_t(number)], &high = bracket.high[size_t(number)];
-    low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
-    if (kept <= 0) return;
-    const CutBracket found =
-        bracket_cut(keys[size_t(group.expert_of(int(number)))].data(), samples, kept, group.size,
-                    group.run().settings, group.rule().all_ties, group.run().workers[size_t(member)].words);
-    low = found.low, high = found.high;
+  const Settings& settings = group.run().settings;
+  crew.each(experts, [&](int member, int64_t k) {
+    std::optional<SampledKeys<Bits>> sampled;
+    if (!keys[size_t(k)].empty())
+      sampled.emplace(keys[size_t(k)].data(), samples, group.run().workers[size_t(member)].words);
+    for (size_t cut = size_t(k); cut < cuts; cut += size_t(experts)) {
+      const int64_t kept = group.rank(int(cut));
+      Cut &low = bracket.low[cut], &high = bracket.high[cut];
+      low = high = kept < 0 ? Cut::keep_all() : Cut::keep_none();
+      if (kept <= 0) continue;
+      const double share = double(kept) / double(group.size) + settings.bracket_bias;
+      const CutBracket found = sampled->around(share, settings.sigmas, group.rule().all_ties);
+      low = found.low, high = found.high;
+    }
   });
   return bracket;
 }
 
-template CutBracket bracket_cut(const uint32_t*, const Samples&, int64_t, uint64_t, const Settings&, bool,
-                                Buffer&);
-template CutBracket bracket_cut(const uint64_t*, const Samples&, int64_t, uint64_t, const Settings&, bool,
-                                Buffer&);
+template class SampledKeys<uint32_t>;
+template class SampledKeys<uint64_t>;
 template Bracket sample_bracket(const Group<float>&, Crew&);
 template Bracket sample_bracket(const Group<double>&, Crew&);
 

@@ -26,10 +26,19 @@ struct CutBracket {
   Cut low, high;
 };
 
-// Around the cut that `kept` of `size` elements reach, by the keys of samples.
+// The keys of samples, around whose ranks cuts are looked for.
 template <class Bits>
-CutBracket bracket_cut(const Bits* keys, const Samples& samples, int64_t kept, uint64_t size,
-                       const Settings& settings, bool all_ties, Buffer& memory);
+class SampledKeys {
+ public:
+  SampledKeys(const Bits* keys, const Samples& samples, Buffer& memory);
+  // Around the cut that this share of all elements reaches.
+  CutBracket around(double share, double sigmas, bool all_ties);
+
+ private:
+  const Bits* keys_;
+  const Samples& samples_;
+  KeyRanking<Bits> ranking_;
+};
 
 template <class Work>
 Bracket sample_bracket(const Group<Work>& group, Crew& crew);

@@ -148,9 +148,9 @@ class GroupMerge {
       if (group_.rank(cut) <= 0) continue;
       const Bits* key_of = keys[size_t(group_.expert_of(cut))].data();
       const int64_t size = int64_t(group_.size);
-      void* memory = worker.words.reserve(Ranking<Bits>::bytes(size));
-      const auto [key, last] = Ranking<Bits>(key_of, size, memory).at(group_.rank(cut));
-      cuts[size_t(cut)] = {key, rule_.all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
+      void* memory = worker.words.reserve(KeyRanking<Bits>::bytes(size));
+      const PlacedKey<Bits> last = KeyRanking<Bits>(key_of, size, memory).at(group_.rank(cut));
+      cuts[size_t(cut)] = {last.key(last), rule_.all_ties ? Cut::kAllIndices : uint64_t(last.place()) + 1};
     }
     return cuts;
   }

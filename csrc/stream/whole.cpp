@@ -43,17 +43,18 @@ class WholeExpert {
       const auto at = [this, first](const void* p) { return group_.views[0].shifted(p, first); };
       kernels_.keys(at(base_), at(expert_), samples.length, sampled + c * samples.length);
     }
-    const CutBracket bracket = bracket_cut(sampled, samples, rank, group_.size, group_.run().settings,
-                                           group_.rule().all_ties, worker_.words);
+    const Settings& settings = group_.run().settings;
+    const CutBracket bracket = SampledKeys<Bits>(sampled, samples, worker_.words)
+                                   .around(double(rank) / double(size_) + settings.bracket_bias,
+                                           settings.sigmas, group_.rule().all_ties);
     const size_t room = size_t(size_ + kMaxGroup);
     OpenKeys<Bits> open{worker_.keys.template reserve_for<Bits>(room),
                         worker_.scores.template reserve_for<uint32_t>(room), 0, 0};
     const int64_t surely = kernels_.open_keys(base_, expert_, size_, Bits(bracket.low.magnitude),
                                               above<Work>(bracket.high.magnitude), &open);
     if (rank > surely && rank <= surely + open.size) {
-      Ranking<Bits> ranking(open.key, open.size, ranking_memory(open.size));
-      const auto [key, place] = ranking.at(rank - surely);
-      *found = cut_after(key, open.position[place]);
+      const PlacedKey<Bits> last = ranked(open.key, open.size, rank - surely);
+      *found = cut_after(last.key(last), open.position[last.place()]);
       return true;
     }
     // Where zeros are cut does not matter, unless they are multiplied by an infinite scale.
@@ -68,14 +69,16 @@ class WholeExpert {
   Cut among_all(int64_t rank) {
     Bits* keys = worker_.keys.template reserve_for<Bits>(size_t(size_));
     kernels_.keys(base_, expert_, size_, keys);
-    const auto [key, place] = Ranking<Bits>(keys, size_, ranking_memory(size_)).at(rank);
-    return cut_after(key, uint32_t(place));
+    const PlacedKey<Bits> last = ranked(keys, size_, rank);
+    return cut_after(last.key(last), uint32_t(last.place()));
   }
 
   Cut cut_after(Bits key, uint32_t last) const {
     return {key, group_.rule().all_ties ? Cut::kAllIndices : uint64_t(last) + 1};
   }
-  void* ranking_memory(int64_t size) { return worker_.words.reserve(Ranking<Bits>::bytes(size)); }
+  PlacedKey<Bits> ranked(const Bits* keys, int64_t size, int64_t rank) {
+    return KeyRanking<Bits>(keys, size, worker_.words.reserve(KeyRanking<Bits>::bytes(size))).at(rank);
+  }
 
   const Group<Work>& group_;
   const KernelSet<Work>& kernels_;
