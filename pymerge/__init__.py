@@ -20,7 +20,7 @@ from pymerge.version import VERSION as __version__
 TYPE_CHECKING = False  # not typing's: the sooner the command runs, the sooner it can be interrupted quietly
 
 if TYPE_CHECKING:
-    from pymerge.api import merge, plan, plan_documents, sweep
+    from pymerge.api import merge, plan, plan_documents, plan_sweep, sweep
     from pymerge.dtypes import DType
     from pymerge.errors import PymergeError
     from pymerge.models import merge_into, merge_state_dicts
@@ -46,6 +46,7 @@ __all__ = [
     "parse_recipe",
     "plan",
     "plan_documents",
+    "plan_sweep",
     "sweep",
 ]
 
@@ -64,6 +65,7 @@ _HOMES = {
     "parse_recipe": "pymerge.recipe",
     "plan": "pymerge.api",
     "plan_documents": "pymerge.api",
+    "plan_sweep": "pymerge.api",
     "sweep": "pymerge.api",
 }
 

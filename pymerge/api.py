@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from pymerge.backends.native import Settings
 from pymerge.checkpoint.layout import parse_size
 from pymerge.dtypes import DType
 from pymerge.errors import PymergeError
@@ -20,8 +20,9 @@ from pymerge.recipe import Document, Draft, Recipe, load_documents, parse_docume
 from pymerge.run.results import Summary
 
 if TYPE_CHECKING:
-    from pymerge.plan_sweep import Setting, Value
+    from pymerge.plan_variants import Variant
     from pymerge.run.sweep import Swept
+    from pymerge.sweep_settings import Setting, Value
 
 DEFAULT_SHARD_SIZE = "5GB"
 PARTS = ".parts"  # what the folder of intermediate merges is called after the output
@@ -92,15 +93,31 @@ def merge(
         recipe, out, intermediate_dir=intermediate_dir, max_shard_size=max_shard_size, dtype=dtype
     )
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-
-    def settings_of(planned: Plan) -> Settings:
-        return settings_for(planned, threads=threads, max_memory=memory)
-
+    settings_of = partial(settings_for, threads=threads, max_memory=memory)
     start = start_for(backend, threads=threads, max_memory=memory)
     stream = sys.stderr if progress else None
     *_, (_, summary) = execute_stages(stages, settings_of, start, stream)
     assert summary is not None, "the output comes last, and it does not exist before"
     return summary
+
+
+def plan_sweep(
+    recipe: Path | str,
+    out: Path | str,
+    settings: Mapping[str, Iterable[Value]] | Iterable[Setting],
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    dtype: DType | str | None = None,
+) -> tuple[Variant, ...]:
+    """What `sweep` would do, from headers alone: its outputs, with a plan for each. Arguments as there."""
+    from pymerge.plan_variants import plan_variants
+    from pymerge.sweep_settings import settings_of
+
+    wanted = settings_of(settings)
+    options = _options(max_shard_size, dtype)
+    if isinstance(recipe, Recipe):
+        raise PymergeError("a sweep takes a recipe's path or text: other parameters make another text")
+    return plan_variants(single(_documents(recipe)), wanted, Path(out), **options)
 
 
 def sweep(
@@ -118,26 +135,17 @@ def sweep(
 
     `settings`: values for each parameter, of which every combination is merged, or the combinations
     themselves: {"density": [0.1, 0.2], "lambda": [0.5, 1]} or [{"density": 0.1, "lambda": 1}]. Values are
-    numbers, flags or words. A parameter holds for all models, whatever the recipe gives; `seed` is one, too.
-    Every output is what `merge` makes of the recipe with these parameters, bit for bit; a folder is named
-    after them, `density0.1-lambda1`. What an interrupted sweep has finished is kept. Other arguments as in
-    `merge`. Raises PymergeError.
+    numbers, flags or words. A parameter holds for all models, whatever the recipe gives, but "weight@NAME"
+    for the model whose path ends in NAME; `seed` is a parameter, too. Every output is what `merge` makes of
+    the recipe with these parameters, bit for bit; a folder is named after them, `density0.1-lambda1`. What an
+    interrupted sweep has finished is kept. Other arguments as in `merge`. Raises PymergeError.
     """
-    from pymerge.plan_sweep import plan_sweep
-    from pymerge.plan_sweep import settings_of as listed
     from pymerge.run.settings import settings_for
     from pymerge.run.sweep import execute_sweep
 
-    wanted = listed(settings)
-    options = _options(max_shard_size, dtype)
-    if isinstance(recipe, Recipe):
-        raise PymergeError("a sweep takes a recipe's path or text: other parameters make another text")
-    variants = plan_sweep(single(_documents(recipe)), wanted, Path(out), **options)
+    variants = plan_sweep(recipe, out, settings, max_shard_size=max_shard_size, dtype=dtype)
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
-
-    def settings_of(planned: Plan) -> Settings:
-        return settings_for(planned, threads=threads, max_memory=memory)
-
+    settings_of = partial(settings_for, threads=threads, max_memory=memory)
     return execute_sweep(variants, settings_of, sys.stderr if progress else None)
 
 

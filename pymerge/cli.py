@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,8 +16,8 @@ from pymerge.version import VERSION
 
 if TYPE_CHECKING:
     from pymerge.plan_chain import Stage
-    from pymerge.plan_sweep import Value
-    from pymerge.planner import Plan
+    from pymerge.plan_variants import Variant
+    from pymerge.sweep_settings import Value
 
 EXIT_DIFFERENT = 1
 
@@ -86,7 +87,7 @@ def merge(
     several YAML documents those that have names are merged first, and stay in DIR.
     """
     from pymerge.api import plan_documents
-    from pymerge.backends.native import Isa, Settings
+    from pymerge.backends.native import Isa
     from pymerge.run.settings import settings_for, start_for
     from pymerge.run.stages import execute_stages
 
@@ -98,9 +99,7 @@ def merge(
     )
     memory = _size(max_memory)
 
-    def settings_of(planned: Plan) -> Settings:
-        return settings_for(planned, threads=threads, max_memory=memory, tile=tile, isa=known[isa])
-
+    settings_of = partial(settings_for, threads=threads, max_memory=memory, tile=tile, isa=known[isa])
     start = start_for(backend, threads=threads, max_memory=memory)
     if not (quiet or as_json):
         _show_notes(stages)
@@ -158,6 +157,24 @@ def plan(
 _VALUES = "V1,V2,..."
 
 
+def _show_sweep(variants: Sequence[Variant], as_json: bool) -> None:
+    """What a sweep would merge: its outputs, and what the first is merged by."""
+    waiting = [variant.plan for variant in variants if not variant.done]
+    if as_json:
+        rows = [
+            {"setting": one.setting, "out": str(one.out), "done": one.done, **one.plan.summary()}
+            for one in variants
+        ]
+        say(json.dumps(rows, indent=2))
+        return
+    for variant in variants:
+        say(f"{variant.out}{': merged before, kept' if variant.done else ''}")
+    disk = sum(plan.disk_bytes for plan in waiting)
+    say(f"{len(waiting)} to merge, {disk:,} bytes on disk")
+    for note in dict.fromkeys(note for plan in waiting for note in plan.notes):
+        say(f"note: {note}", err=True)
+
+
 @main.command()
 @click.argument("recipe", type=_PATH)
 @click.argument("out", type=_PATH)
@@ -167,7 +184,11 @@ _VALUES = "V1,V2,..."
     "--lambda", "lambda_", metavar=_VALUES, multiple=True, help="Factors on the merged task vector."
 )
 @click.option(
-    "--set", "others", metavar=f"NAME={_VALUES}", multiple=True, help="Any other parameter, or seed."
+    "--set",
+    "others",
+    metavar=f"NAME={_VALUES}",
+    multiple=True,
+    help="Any other parameter, or seed; of one model: weight@MODEL=0.5,1.",
 )
 @click.option(
     "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Largest output file."
@@ -175,6 +196,7 @@ _VALUES = "V1,V2,..."
 @click.option("--dtype", metavar="TYPE", help="Element type of the outputs, before the recipe's.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Workers.  [default: processors]")
 @click.option("--max-memory", metavar="SIZE", help="Limit for buffers, such as 200MB.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be merged.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def sweep(
@@ -188,6 +210,7 @@ def sweep(
     dtype: str | None,
     threads: int | None,
     max_memory: str | None,
+    dry_run: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -196,6 +219,7 @@ def sweep(
     The inputs are read together. Every output is what `merge` makes of the recipe with these parameters, bit
     for bit. An interrupted sweep continues when the same command runs again.
     """
+    from pymerge.api import plan_sweep
     from pymerge.api import sweep as swept
 
     values: dict[str, list[Value]] = {}
@@ -209,6 +233,9 @@ def sweep(
         values.setdefault(name, []).extend(_values(name, text))
     if not values:
         raise click.UsageError("a sweep needs values: --density, --weight, --lambda or --set")
+    if dry_run:
+        _show_sweep(plan_sweep(recipe, out, values, max_shard_size=max_shard_size, dtype=dtype), as_json)
+        return
     results = swept(
         recipe,
         out,

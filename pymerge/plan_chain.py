@@ -10,12 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from pymerge.checkpoint.manifest import check_finished
 from pymerge.checkpoint.staging import PARTIAL
 from pymerge.errors import OutputError, ProblemList, PymergeError
 from pymerge.files import is_file_name
 from pymerge.plan_checks import device_of, free_bytes, lies_in
-from pymerge.planner import Plan, make_plan
+from pymerge.planner import Plan, make_plan, plan_or_find
 from pymerge.recipe import Document, Recipe
 from pymerge.text import printable, shown
 
@@ -130,15 +129,15 @@ class _Chain:
         stand_ins = {name: self._place / name for name in pending}
         draft = document.draft({**self._named, **stand_ins})
         out = self._named[document.name] if document.name else self._out
-        done = document.name is not None and out is not None and os.path.lexists(out)
-        plan = make_plan(draft, None if done else out, **self._options)
-        if done and out is not None:
-            if pending:
-                raise OutputError(
-                    f"{out} exists already, but {' and '.join(map(shown, pending))}, of which it is made, is"
-                    " yet to be merged; remove it to have it merged anew"
-                )
-            check_finished(out, plan.digest())
+        if pending and document.name and out is not None and os.path.lexists(out):
+            raise OutputError(
+                f"{out} exists already, but {' and '.join(map(shown, pending))}, of which it is made, is"
+                " yet to be merged; remove it to have it merged anew"
+            )
+        if document.name:
+            plan, done = plan_or_find(draft, out, **self._options)
+        else:
+            plan, done = make_plan(draft, out, **self._options), False
         if document.name:
             self._pending[document.name] = not done
             if not done:

@@ -6,13 +6,16 @@ inputs lie. Nothing is decided later than here.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pymerge.checkpoint.index import Shard
 from pymerge.checkpoint.layout import ShardLayout, lay_out, stem_like
+from pymerge.checkpoint.manifest import check_finished
 from pymerge.checkpoint.sidefiles import CONFIG_NAME, states_layers
 from pymerge.collector import collector_paused
 from pymerge.dtypes import DType
@@ -212,6 +215,15 @@ def make_plan(
     """
     with collector_paused():
         return _planned(recipe if isinstance(recipe, Draft) else Draft(recipe), out, max_shard_bytes, dtype)
+
+
+def plan_or_find(draft: Draft, out: Path | None, **options: Any) -> tuple[Plan, bool]:
+    """The plan, and whether its merge lies at `out` already. OutputError where something else does."""
+    done = out is not None and os.path.lexists(out)
+    plan = make_plan(draft, None if done else out, **options)
+    if done and out is not None:
+        check_finished(out, plan.digest())
+    return plan, done
 
 
 def _planned(draft: Draft, out: Path | None, max_shard_bytes: int, dtype: DType | None) -> Plan:

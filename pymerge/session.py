@@ -11,8 +11,8 @@ from pymerge.errors import RecipeError
 from pymerge.methods import Base, Method, method_named
 from pymerge.operands import Operands, expert_list, read_operands
 from pymerge.options import as_name
-from pymerge.plan_sweep import settings_of
 from pymerge.rule import Rule
+from pymerge.sweep_settings import settings_of
 from pymerge.tensor_backends import Wanted, merge_operands
 from pymerge.tensor_rule import known_options, members_of, rule_of
 

@@ -17,9 +17,10 @@ import pymerge
 from pymerge.backends.native import NativeRun, Report
 from pymerge.cli import main
 from pymerge.errors import OutputError, ProblemList, PymergeError
-from pymerge.plan_sweep import grid, plan_sweep
+from pymerge.plan_variants import plan_variants
 from pymerge.recipe import parse_documents
 from pymerge.run import local
+from pymerge.sweep_settings import grid, with_setting
 
 SHAPES = {"a.weight": (40, 50), "b.weight": (300, 100), "norm": (8,), "empty": (0, 3), "scalar": ()}
 SMALL = 30_000  # bytes of a shard
@@ -83,10 +84,8 @@ slices:
 """
     (document,) = parse_documents(text, Path("."))
     with pytest.raises(ProblemList):  # the models do not exist
-        plan_sweep(document, [{"density": 0.3}], None)
-    from pymerge.plan_sweep import _with_setting
-
-    changed = _with_setting(document, {"density": 0.3, "seed": 7})
+        plan_variants(document, [{"density": 0.3}], None)
+    changed = with_setting(document, {"density": 0.3, "seed": 7})
     (again,) = parse_documents(changed.text, Path("."))
     assert again.value == changed.value
     assert changed.value == {
@@ -281,7 +280,7 @@ def test_a_wrong_recipe_is_told_once(family: Path) -> None:
 def test_too_little_disk_space(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = recipe(family)
     one = pymerge.plan(text).disk_bytes
-    monkeypatch.setattr("pymerge.plan_sweep.free_bytes", lambda out: 2 * one)
+    monkeypatch.setattr("pymerge.plan_variants.free_bytes", lambda out: 2 * one)
     with pytest.raises(ProblemList, match="the sweep needs"):
         pymerge.sweep(text, family / "out", {"density": [0.2, 0.3, 0.4]})
 

@@ -8,11 +8,12 @@ from typing import NamedTuple, TextIO
 
 from pymerge.backends.native import Settings
 from pymerge.errors import OutputError
-from pymerge.plan_sweep import Setting, Variant
+from pymerge.plan_variants import Variant
 from pymerge.planner import Plan
 from pymerge.run.local import execute_plans
 from pymerge.run.progress import Bar
 from pymerge.run.results import Summary
+from pymerge.sweep_settings import Setting
 
 
 class Swept(NamedTuple):

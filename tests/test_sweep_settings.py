@@ -1,0 +1,101 @@
+"""The settings of a sweep: of all models, of one, too many, and what is planned of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from made import recipe_text, write_checkpoint
+
+import pymerge
+from pymerge.cli import main
+from pymerge.errors import PymergeError
+from pymerge.recipe import parse_documents
+
+SHAPES = {"a.weight": (40, 50), "norm": (8,)}
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    for seed, name in enumerate(("base", "one", "two")):
+        write_checkpoint(tmp_path / name, seed, shapes=SHAPES)
+    return tmp_path
+
+
+def recipe(family: Path) -> str:
+    return recipe_text("ties", [family / "one", family / "two"], family / "base", weight=0.5, density=0.9)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_one_model_s_weight(family: Path) -> None:
+    values = {"weight@one": [0.5, 1.5], "weight@two": [0.25], "density": [0.4]}
+    results = pymerge.sweep(recipe(family), family / "out", values)
+    names = [f"weight@one{first}-weight@two0.25-density0.4" for first in ("0.5", "1.5")]
+    assert [result.out.name for result in results] == names
+    for result, first in zip(results, (0.5, 1.5), strict=True):
+        (document,) = parse_documents(recipe(family), family)
+        assert isinstance(document.value, dict)
+        entries = [entry for entry in document.value["models"] if "parameters" in entry]
+        for entry, weight in zip(entries, (first, 0.25), strict=True):
+            entry["parameters"] = {"weight": weight, "density": 0.4}
+        pymerge.merge(json.dumps(document.value, indent=1), family / f"alone{first}")
+        assert weights(result.out) == weights(family / f"alone{first}")
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("weight@three", "the recipe has no model three; its models are one, two"),
+        ("weight@base/one", "'weight@base/one' cannot be the name of a parameter"),
+        ("weight@", "'weight@' cannot be the name of a parameter"),
+        ("seed@one", "'seed@one' cannot be the name of a parameter"),
+        ("@one", "'@one' cannot be the name of a parameter"),
+        ("weigth@one", "did you mean"),
+    ],
+)
+def test_a_model_or_parameter_that_is_not_there(key: str, sentence: str, family: Path) -> None:
+    with pytest.raises(PymergeError, match=re.escape(sentence)):
+        pymerge.sweep(recipe(family), family / "out", {key: [0.5]})
+
+
+def test_two_models_of_one_name(family: Path) -> None:
+    write_checkpoint(family / "more" / "one", 3, shapes=SHAPES)
+    text = recipe_text(
+        "ties", [family / "one", family / "more" / "one"], family / "base", weight=1, density=0.5
+    )
+    with pytest.raises(PymergeError, match="the recipe has two models called one"):
+        pymerge.sweep(text, family / "out", {"weight@one": [0.5]})
+
+
+def test_too_many_settings(family: Path) -> None:
+    values = {name: [0.1] * 1000 for name in ("density", "weight", "lambda")}
+    with pytest.raises(PymergeError, match=re.escape("the sweep has 1,000,000,000 settings, at most 10,000")):
+        pymerge.sweep(recipe(family), family / "out", values)
+
+
+def test_a_plan_of_a_sweep(family: Path) -> None:
+    (first, second) = pymerge.plan_sweep(recipe(family), family / "out", {"density": [0.2, 0.4]})
+    assert (first.name, second.name, first.done) == ("density0.2", "density0.4", False)
+    assert first.plan.rules[0].densities == (0.2, 0.2)
+    assert not (family / "out").exists()
+    (family / "recipe.yml").write_text(recipe(family))
+    names = [str(family / "recipe.yml"), str(family / "out"), "--density"]
+    assert run(*names, "0.2")[0] == 0
+    code, output = run(*names, "0.2,0.4", "--dry-run")
+    assert code == 0, output
+    assert "density0.2: merged before, kept" in output
+    assert f"1 to merge, {second.plan.disk_bytes:,} bytes on disk" in output
+    code, output = run(*names, "0.2,0.4", "--dry-run", "--json")
+    assert [row["done"] for row in json.loads(output)] == [True, False]
+    assert not (family / "out" / "density0.4").exists()
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["sweep", *arguments])
+    return result.exit_code, result.output
