@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 import resource
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pymerge import Session, merge_tensors
 from pymerge.backends import native
@@ -189,3 +192,25 @@ def test_wrong_tensors_are_told_at_once() -> None:
         Session(BASE, MODELS, threads=0)
     with pytest.raises(RecipeError, match="works on task vectors, so it needs a base"):
         Session(None, MODELS).merge(method="ties")
+
+
+def resident() -> int:
+    """Bytes of memory that no file holds."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def test_models_that_stay_in_their_files_take_no_memory(tmp_path: Path) -> None:
+    size = 4_000_000
+    for number in range(4):
+        model = {"x": torch.randn(size, generator=torch.Generator().manual_seed(number))}
+        save_file(model, tmp_path / f"{number}.safetensors")
+    out = {"x": torch.ones(size)}
+    before = resident()
+    base, *experts = (load_file(tmp_path / f"{number}.safetensors") for number in range(4))
+    session = Session(base, experts)
+    for density in (0.2, 0.4, 0.2):
+        session.merge(out=out, density=density)
+    assert resident() - before < size * 4
+    assert same(out, merge_tensors(base, experts, density=0.2))
