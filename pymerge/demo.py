@@ -87,7 +87,7 @@ def _place(folder: Path | None) -> Iterator[Path]:
             yield Path(name)
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"{folder} exists and is not an empty folder")
+        raise OutputError(f"{folder} exists and is not an empty folder; give another, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
 

@@ -292,3 +292,13 @@ def test_models_without_names_or_shapes(model: Any, text: str) -> None:
     calls: tuple[Callable[..., Any], ...] = (pymerge.merge_state_dicts, pymerge.merge_into)
     for call in calls:
         refused(BackendError, text, partial(call, model, [model], method="linear", only="*"))
+
+
+def test_equal_nans_are_tied_too(models: list[Small]) -> None:
+    """Copies of a tied tensor have the same bits, NaN or not."""
+    with torch.no_grad():
+        models[1].head.weight[0, 0] = torch.nan
+    copies = {name: x.clone() for name, x in models[1].state_dict().items()}
+    pymerge.merge_into(models[0], [copies], method="linear")
+    assert bool(models[0].head.weight[0, 0].isnan())
+    assert torch.equal(models[0].head.weight[1:], models[1].head.weight[1:])

@@ -99,3 +99,11 @@ def test_a_plan_of_a_sweep(family: Path) -> None:
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(main, ["sweep", *arguments])
     return result.exit_code, result.output
+
+
+def test_more_outputs_than_files_may_be_open(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pymerge.run.local.raise_file_limit", lambda: 12)
+    densities = [round(0.1 * number, 1) for number in range(1, 9)]
+    with pytest.raises(PymergeError, match="8 outputs together need 19 open files, this system allows 12"):
+        pymerge.sweep(recipe(family), family / "out", {"density": densities})
+    assert not (family / "out").exists()

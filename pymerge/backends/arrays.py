@@ -31,7 +31,7 @@ class ArrayKind(Protocol):
     def strides(self, array: Array) -> tuple[int, ...]: ...  # in bytes
     def contiguous(self, array: Array) -> Array: ...
     def empty(self, like: Array, dtype: DType) -> Array: ...  # of the same shape, on the same device
-    def equal(self, a: Array, b: Array) -> bool: ...
+    def equal(self, a: Array, b: Array) -> bool: ...  # in value or in bits, which NaN can have in common
     def copy(self, source: Array, to: Array) -> None: ...
     def clone(self, array: Array) -> Array: ...
     def as_torch(self, array: Array) -> Array: ...  # in the same memory, where it can be written
@@ -128,7 +128,7 @@ class _Numpy:
         return np.empty(like.shape, dtype=_numpy_dtype(dtype))
 
     def equal(self, a: Array, b: Array) -> bool:
-        return np.array_equal(a, b)
+        return np.array_equal(a, b) or (a.shape == b.shape and a.tobytes() == b.tobytes())
 
     def copy(self, source: Array, to: Array) -> None:
         np.copyto(to, source)
@@ -215,7 +215,10 @@ class _Torch:
     def equal(self, a: Array, b: Array) -> bool:
         import torch
 
-        return bool(torch.equal(a, b))
+        if torch.equal(a, b):
+            return True
+        # NaN are equal to none, not even to themselves.
+        return bool(a.shape == b.shape and torch.equal(_bytes_of(a), _bytes_of(b)))
 
     def copy(self, source: Array, to: Array) -> None:
         import torch
@@ -230,6 +233,12 @@ class _Torch:
         import torch
 
         return array.detach().as_subclass(torch.Tensor)
+
+
+def _bytes_of(array: Array) -> Array:
+    import torch
+
+    return array.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _lies_in_memory(array: Array) -> bool:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from pymerge.backends.native import OpenFile
 from pymerge.checkpoint.header import Header
-from pymerge.errors import CheckpointError
+from pymerge.errors import CheckpointError, OutputError
 from pymerge.files import open_regular
 from pymerge.job import TensorJob, regions_of
 from pymerge.planner import Plan
+from pymerge.rule import Scope
+
+# The lock of an output's folder.
+OWN_FILES = 1
 
 
 @contextmanager
@@ -58,9 +63,22 @@ def _check_unchanged(fd: int, path: Path, header: Header) -> None:
     raise CheckpointError(f"{path} was changed after the merge was planned: {what}")
 
 
-def raise_file_limit() -> None:
-    """Many experts of many shards are open together; the soft limit is often 1024."""
+def raise_file_limit() -> int:
+    """How many files may be open from now on: many shards are, and the soft limit is often 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return sys.maxsize if allowed == resource.RLIM_INFINITY else allowed
+
+
+def check_file_limit(plans: Sequence[Plan], allowed: int) -> None:
+    """OutputError where more outputs are merged together than files may be open."""
+    each = len(plans[0].layouts) if plans[0].scope is Scope.MODEL else 1
+    needed = len(plans[0].shards) + len(plans) * (each + OWN_FILES)
+    if len(plans) > 1 and needed > allowed:
+        raise OutputError(
+            f"{len(plans):,} outputs together need {needed:,} open files, this system allows {allowed:,};"
+            " raise the limit (ulimit -n), or give fewer settings at a time"
+        )

@@ -20,7 +20,7 @@ from pymerge.planner import Plan, bytes_read_by
 from pymerge.rule import Scope
 from pymerge.run.attended import Run, attend
 from pymerge.run.hasher import ShardHasher
-from pymerge.run.inputs import opened_inputs, raise_file_limit
+from pymerge.run.inputs import check_file_limit, opened_inputs, raise_file_limit
 from pymerge.run.progress import Progress, Silent
 from pymerge.run.results import Summary, manifest, side_files
 
@@ -58,7 +58,7 @@ def execute_plans(
     read of all of them, and no count of undecided elements.
     """
     began = time.perf_counter()
-    raise_file_limit()
+    check_file_limit(plans, raise_file_limit())
     files = [side_files(plan, out) for plan, out in zip(plans, outs, strict=True)]
     progress = progress or Silent()
     progress.begin(sum(plan.bytes_read for plan in plans))
