@@ -72,6 +72,10 @@ def every_kernel() -> Iterator[tuple[str, Any, dict[str, Any]]]:
         yield f"stream all {all_ties}", kernels.stream, ragged | {"ALL": all_ties, "PER": 8}
     rows = {"K": 3, "OUT": tl.float16, "KIND": 1, "BLOCK": 512}
     yield "fix_up", kernels.fix_up, rows | formula
+    late = {"LATE": True}
+    yield "map_pieces late", kernels.map_pieces, ragged | {"TRIM": 1, "BASE": True} | late
+    yield "stream late", kernels.stream, ragged | {"ALL": False, "PER": 8} | late
+    yield "fix_up late", kernels.fix_up, rows | formula | late
     yield "list_undecided", stats.list_undecided, {"BLOCK": 1024}
     yield "gather", stats.gather, {"K": 3, "IN": tl.bfloat16, "KIND": 0, "BLOCK": 1024}
     yield "spread", stats.spread, {"K": 3, "BLOCK": 1024}

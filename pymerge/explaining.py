@@ -8,7 +8,7 @@ from dataclasses import replace
 from pymerge.blending import DEFAULTS
 from pymerge.methods import Base, Method
 from pymerge.parameters import Preset
-from pymerge.presets import Defaults, defaults_of
+from pymerge.presets import KEEPS_ONE, Defaults, defaults_of
 from pymerge.rule import READ_ONCE, Blend, Blending, Fuse, Fusing, Rule, Trim, Vectors
 
 
@@ -41,6 +41,8 @@ def _meant(assumed: Defaults) -> Iterator[str]:
         yield "weights neither vote nor divide the mean"
     if assumed.differs:
         yield assumed.differs
+    if assumed.keeps_one:
+        yield KEEPS_ONE
 
 
 def numbers_of(method: Method, rule: Rule) -> list[str]:
@@ -135,12 +137,12 @@ def _explained(method: Method, assumed: Defaults) -> list[tuple[str, str]]:
     each = f"({count})" if "+" in count else count
     factor = f"{times} * {each} * input size" if times > 1 else f"{each} * input size"
     return [
-        ("inputs", f"{streams}, one weight for each expert" if method.weighted else streams),
+        ("inputs", f"{streams}{_weights(method, assumed)}"),
         ("defaults", ", ".join(defaults_in_words(method, assumed)) or "none"),
         ("statistics", _statistics(method)),
         ("trim", ONE_MORE if assumed.one_more else _TRIMS[method.trim]),
-        ("elect", _elect(method)),
-        ("combine", _combine(method)),
+        ("elect", _elect(method, assumed)),
+        ("combine", _combine(method, assumed)),
         ("passes", number),
         ("bytes", f"for each output element: {factor} read, 1 * output size written"),
     ]
@@ -158,15 +160,21 @@ def _statistics(method: Method) -> str:
     return said
 
 
-def _elect(method: Method) -> str:
-    if method.fuse is Fuse.ENERGY:
+def _weights(method: Method, assumed: Defaults) -> str:
+    if not method.weighted:
+        return ""
+    return ", one weight for each expert" + (", which must be given" if assumed.weight is None else "")
+
+
+def _elect(method: Method, assumed: Defaults) -> str:
+    if method.fuse is Fuse.ENERGY or assumed.plain_vote:
         return "the sign of the sum of the entries; only entries of that sign go on"
     if method.elect or method.fuse is Fuse.ELECTED:
         return "the sign of the sum of the weighted entries; only entries of that sign go on"
     return "none: every kept entry goes on"
 
 
-def _combine(method: Method) -> str:
+def _combine(method: Method, assumed: Defaults) -> str:
     if method.name == "passthrough":
         return "entry * scale; with scale 1 the bytes themselves"
     if method.fuse:
@@ -179,7 +187,8 @@ def _combine(method: Method) -> str:
         factor = "coefficient * " if method.blend else "weight * " if method.weighted else ""
         combine = f"sum of {factor}entry" if factor else "the kept entry"
         if method.normalize:
-            combine += ", divided by the sum of the weights that took part"
+            by = "how many took part" if assumed.plain_vote else "the sum of the weights that took part"
+            combine += f", divided by {by}"
     added = {
         Base.ORIGIN: "times lambda, added to the base" if method.scales else "added to the base",
         Base.OPTIONAL_ORIGIN: "added to the base where there is one",

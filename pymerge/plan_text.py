@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from pymerge.blending import DEFAULTS
 from pymerge.explaining import normalizes
+from pymerge.job import TensorJob
 from pymerge.methods import Base, Method
 from pymerge.parameters import EVERY, Case, Conditional, Gradient, Scalar, cases_of
 from pymerge.plan_layers import depth
 from pymerge.plan_rule import OF_ALL, Origin, Part
-from pymerge.presets import defaults_of
+from pymerge.presets import KEEPS_ONE, defaults_of
 from pymerge.recipe import ModelEntry, Recipe
 from pymerge.rule import Rule, Trim
 from pymerge.text import printable, shown
@@ -167,6 +168,18 @@ def notes_of_rules(rules: Iterable[Rule]) -> Iterator[str]:
         ):
             name = "select_topk" if trim is Trim.VARIANCE else "density"
             yield f"{name} 0 keeps nothing, so the base stays as it is where it holds"
+
+
+def notes_of_jobs(recipe: Recipe, method: Method, jobs: Iterable[Sequence[TensorJob]]) -> Iterator[str]:
+    """Tensors so small that the preset's authors would keep nothing of them."""
+    if not defaults_of(recipe.preset, method.name).keeps_one:
+        return
+    merged = ((job, job.rule) for shard in jobs for job in shard if job.rule is not None and job.count)
+    small = [
+        job.name for job, rule in merged if any(d > 0 and int(d * job.count) == 0 for d in rule.densities)
+    ]
+    if small:
+        yield f"preset {recipe.preset.value}: {KEEPS_ONE} (tensor {shown(small[0])})"
 
 
 def _stated_parameters(recipe: Recipe) -> Iterator[tuple[str, tuple[Case, ...]]]:

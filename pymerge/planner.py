@@ -35,7 +35,7 @@ from pymerge.plan_jobs import Found, jobs_of, outputs_of
 from pymerge.plan_modules import examine_modules, parts_of_modules
 from pymerge.plan_rule import Part, donor_path, identity
 from pymerge.plan_side import carried, side_files
-from pymerge.plan_text import describe_parts, notes_of, notes_of_rules, parameters_of
+from pymerge.plan_text import describe_parts, notes_of, notes_of_jobs, notes_of_rules, parameters_of
 from pymerge.plan_vocabulary import Vocabulary, remap
 from pymerge.recipe import Draft, Recipe
 from pymerge.rule import Rule, Scope
@@ -305,7 +305,7 @@ def _laid_out(
         jobs=jobs,
         bytes_read=sum(map(bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
-        notes=tuple(dict.fromkeys(found.notes)),
+        notes=tuple(dict.fromkeys([*found.notes, *notes_of_jobs(recipe, found.method, jobs)])),
         vocabulary=found.vocabulary,
     )
 

@@ -20,7 +20,8 @@ class Defaults:
     """One method's defaults; None: the method's own (`weight`: it must be given).
 
     `one_more`: see `Rule`. `by_density`: what is kept is divided by the density, unless the recipe states
-    `rescale`. `plain_vote`: weights neither vote nor divide a mean.
+    `rescale`. `plain_vote`: weights neither vote nor divide a mean. `keeps_one`: of a tensor of which that
+    code keeps nothing, density * n being below 1, one entry is kept here.
     """
 
     weight: float | None = None
@@ -32,6 +33,7 @@ class Defaults:
     one_more: bool = False
     by_density: bool = False
     plain_vote: bool = False
+    keeps_one: bool = False
     differs: str = ""
 
 
@@ -42,7 +44,7 @@ CANCELLED = (
 # float32 holds the weights that come of it, and nobody's tensor has so many entries that one would be kept.
 LARGEST_FACTOR = 1e30
 # PEFT cuts among equals as torch.topk does, which is not specified.
-NONE_KEPT = "of a tensor where density * n is below 1 one entry is kept; peft keeps none"
+KEEPS_ONE = "of a tensor where density * n is below 1 one entry is kept, and none by its authors' code"
 _PLAIN = Defaults(weight=1.0)
 _DIVIDED = Defaults(weight=1.0, by_density=True)
 
@@ -74,7 +76,7 @@ _FUSIONBENCH = _PAPER | {
 }
 _PEFT = {
     "task_arithmetic": Defaults(),
-    "ties": Defaults(plain_vote=True, differs=NONE_KEPT),
+    "ties": Defaults(plain_vote=True, keeps_one=True),
     "dare_linear": Defaults(by_density=True),
     "dare_ties": Defaults(normalize=True, by_density=True, plain_vote=True),
 }

@@ -24,14 +24,14 @@ SEED = "seed"  # stands beside the parameters, not among them
 AT = "@"
 # Of the in-memory API, where lambda is a word of the language.
 SPELLINGS = MappingProxyType({"lambda_": "lambda"})
-# What a value in words may consist of, as it becomes part of a folder's name; and what a model's name.
-WORD, MODEL = re.compile(r"[a-z_]+", re.ASCII), re.compile(r"[\w.+-]+", re.ASCII)
+# What a value in words may consist of, as it becomes part of a folder's name; and what a model's name there.
+WORD, IN_FOLDER = re.compile(r"[a-z_]+", re.ASCII), re.compile(r"[^\w.+@ -]")
 # Each has a plan, a folder and open files of its own.
 MOST_SETTINGS = 10_000
 
 
 class Key(NamedTuple):
-    """A parameter of all models, or of the one that is called `model`."""
+    """A parameter of all models, or of the one whose path ends in `model`."""
 
     name: str
     model: str | None
@@ -85,7 +85,7 @@ def wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
             yield "a setting of the sweep changes no parameter"
         for key, value in setting.items():
             if not _is_key(key):
-                yield f"{shown(str(key))} cannot be the name of a parameter"
+                yield f"{shown(str(key))} cannot be the name of a parameter, nor NAME@MODEL"
             elif not _is_value(value):
                 yield f"{key} of a setting is {value!r}, expected a finite number, true, false or a word"
 
@@ -96,7 +96,7 @@ def _is_key(text: object) -> bool:
     key = Key.of(text)
     one_model = key.model is not None
     return key.name.isidentifier() and (
-        not one_model or (key.name != SEED and MODEL.fullmatch(str(key.model)) is not None)
+        not one_model or (key.name != SEED and bool(_parts(key.model)) and str(key.model).isprintable())
     )
 
 
@@ -123,14 +123,16 @@ def _number(value: float) -> float:
 
 
 def folder_name(setting: Setting) -> str:
-    """What the setting's folder is called: density0.2-lambda1."""
-    return "-".join(f"{key}{_in_name(value)}" for key, value in setting.items())
+    """What the setting's folder is called: density0.2-normalize-true-weight@expert=0.5."""
+    return "-".join(_in_folder_name(key, value) for key, value in setting.items())
 
 
-def _in_name(value: Value) -> str:
-    if isinstance(value, (bool, str)):
-        return f"-{value}".lower()
-    return repr(value).removesuffix(".0")
+def _in_folder_name(key: str, value: Value) -> str:
+    is_word = isinstance(value, (bool, str))
+    text = str(value).lower() if is_word else repr(value).removesuffix(".0")
+    if AT in key:
+        return f"{IN_FOLDER.sub('_', key)}={text}"
+    return f"{key}-{text}" if is_word else f"{key}{text}"
 
 
 def with_setting(document: Document, setting: Setting) -> Document:
@@ -173,24 +175,29 @@ def _model_entries(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _set_for_model(entries: Sequence[dict[str, Any]], key: Key, number: Value) -> None:
-    same = {str(entry["model"]) for entry in entries if _model_name(entry) == key.model}
-    if len(same) != 1:
-        found = f"has two models called {key.model}" if same else f"has no model {key.model}"
-        known = ", ".join(dict.fromkeys(map(_model_name, entries))) or "none"
-        raise RecipeError(f"{key} of a setting: the recipe {found}; its models are {known}")
-    for entry in entries:
-        if _model_name(entry) == key.model:
-            given = entry.get("parameters") or {}
-            if isinstance(given, dict):
-                entry["parameters"] = {**given, key.name: number}
+    wanted = _parts(key.model)
+    same = [entry for entry in entries if _parts(_path_of(entry))[-len(wanted) :] == wanted]
+    paths = list(dict.fromkeys(map(_path_of, same)))
+    if len(paths) != 1:
+        known = ", ".join(paths or dict.fromkeys(map(_path_of, entries))) or "none"
+        found = "several models whose paths end so" if paths else "no model whose path ends so"
+        raise RecipeError(f"{key} of a setting: the recipe has {found}: {known}")
+    for entry in same:
+        given = entry.get("parameters") or {}
+        if isinstance(given, dict):
+            entry["parameters"] = {**given, key.name: number}
 
 
-def _model_name(entry: Mapping[str, Any]) -> str:
-    """The last part of a model's path or of its name on the hub."""
+def _path_of(entry: Mapping[str, Any]) -> str:
+    """A model's path, or its name on the hub."""
     model = entry["model"]
     while isinstance(model, dict):
         model = model.get("path", model.get("model"))
-    return str(model).rstrip("/").rpartition("/")[2]
+    return str(model)
+
+
+def _parts(path: str | None) -> list[str]:
+    return [part for part in (path or "").split("/") if part]
 
 
 def _seed(value: Value) -> int:

@@ -277,6 +277,11 @@ def test_explain_of_a_preset() -> None:
     assert "preset      paper; where the kept" in paper
     assert "keep the int(density * n) + 1 largest |d|, and all that equal" in paper
     assert "lambda 0.3" in explain(TIES, Preset.FUSIONBENCH)
+    peft = explain(TIES, Preset.PEFT)
+    assert "the sign of the sum of the entries" in peft
+    assert "divided by how many took part" in peft
+    assert "which must be given" in peft
+    assert "which must be given" not in paper
     divided = explain(METHODS["dare_linear"], Preset.PAPER)
     assert "what is kept is divided by the density" in divided
     assert "passes      1 (2 with rescale: true)" in divided

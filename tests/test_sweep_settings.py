@@ -36,7 +36,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_one_model_s_weight(family: Path) -> None:
     values = {"weight@one": [0.5, 1.5], "weight@two": [0.25], "density": [0.4]}
     results = pymerge.sweep(recipe(family), family / "out", values)
-    names = [f"weight@one{first}-weight@two0.25-density0.4" for first in ("0.5", "1.5")]
+    names = [f"weight@one={first}-weight@two=0.25-density0.4" for first in ("0.5", "1.5")]
     assert [result.out.name for result in results] == names
     for result, first in zip(results, (0.5, 1.5), strict=True):
         (document,) = parse_documents(recipe(family), family)
@@ -51,9 +51,11 @@ def test_one_model_s_weight(family: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "sentence"),
     [
-        ("weight@three", "the recipe has no model three; its models are one, two"),
-        ("weight@base/one", "'weight@base/one' cannot be the name of a parameter"),
-        ("weight@", "'weight@' cannot be the name of a parameter"),
+        ("weight@three", "the recipe has no model whose path ends so: "),
+        ("weight@wo", "the recipe has no model whose path ends so: "),
+        ("weight@", "'weight@' cannot be the name of a parameter, nor NAME@MODEL"),
+        ("weight@/", "'weight@/' cannot be"),
+        ("weight@a\nb", "cannot be the name of a parameter"),
         ("seed@one", "'seed@one' cannot be the name of a parameter"),
         ("@one", "'@one' cannot be the name of a parameter"),
         ("weigth@one", "did you mean"),
@@ -66,11 +68,24 @@ def test_a_model_or_parameter_that_is_not_there(key: str, sentence: str, family:
 
 def test_two_models_of_one_name(family: Path) -> None:
     write_checkpoint(family / "more" / "one", 3, shapes=SHAPES)
-    text = recipe_text(
-        "ties", [family / "one", family / "more" / "one"], family / "base", weight=1, density=0.5
-    )
-    with pytest.raises(PymergeError, match="the recipe has two models called one"):
+    models = [family / "one", family / "more" / "one"]
+    text = recipe_text("ties", models, family / "base", weight=1, density=0.5)
+    with pytest.raises(PymergeError, match=f"several models whose paths end so: {models[0]}, {models[1]}"):
         pymerge.sweep(text, family / "out", {"weight@one": [0.5]})
+    (result,) = pymerge.sweep(text, family / "out", {"weight@more/one": [0.5]})
+    assert result.out.name == "weight@more_one=0.5"
+    recipe = (result.out / "mergekit_config.yml").read_text()
+    (document,) = parse_documents(recipe, family)
+    assert isinstance(document.value, dict)
+    assert [entry["parameters"]["weight"] for entry in document.value["models"]] == [1, 0.5]
+
+
+def test_names_that_end_in_digits_stay_apart(family: Path) -> None:
+    for name in ("m-1", "m-11"):
+        write_checkpoint(family / name, 5, shapes=SHAPES)
+    text = recipe_text("ties", [family / "m-1", family / "m-11"], family / "base", weight=1, density=0.5)
+    results = pymerge.sweep(text, family / "out", [{"weight@m-1": 10}, {"weight@m-11": -0.5}])
+    assert [result.out.name for result in results] == ["weight@m-1=10", "weight@m-11=-0.5"]
 
 
 def test_too_many_settings(family: Path) -> None:

@@ -25,3 +25,7 @@ def main() -> None:
         finally:
             if patches.tally.made or patches.tally.left:
                 print(patches.summary(), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
