@@ -43,7 +43,7 @@ def plan(
     """
     options = _options(max_shard_size, dtype)
     draft = Draft(recipe) if isinstance(recipe, Recipe) else single(_documents(recipe)).draft()
-    return make_plan(draft, None if out is None else Path(out), **options)
+    return make_plan(draft, None if out is None else _path(out), **options)
 
 
 def plan_documents(
@@ -59,7 +59,7 @@ def plan_documents(
     Arguments as in `plan` and `merge`. Raises PymergeError; a ProblemList holds the problems of all of them.
     """
     options = _options(max_shard_size, dtype)
-    target = None if out is None else Path(out)
+    target = None if out is None else _path(out)
     if isinstance(recipe, Recipe):
         return (Stage.alone(make_plan(recipe, target, **options)),)
     folder = Path(f"{out or 'OUT'}{PARTS}") if intermediate_dir is None else Path(intermediate_dir)
@@ -90,7 +90,7 @@ def merge(
     from pymerge.run.stages import execute_stages
 
     stages = plan_documents(
-        recipe, out, intermediate_dir=intermediate_dir, max_shard_size=max_shard_size, dtype=dtype
+        recipe, _path(out), intermediate_dir=intermediate_dir, max_shard_size=max_shard_size, dtype=dtype
     )
     memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
     settings_of = partial(settings_for, threads=threads, max_memory=memory)
@@ -117,7 +117,7 @@ def plan_sweep(
     options = _options(max_shard_size, dtype)
     if isinstance(recipe, Recipe):
         raise PymergeError("a sweep takes a recipe's path or text: other parameters make another text")
-    return plan_variants(single(_documents(recipe)), wanted, Path(out), **options)
+    return plan_variants(single(_documents(recipe)), wanted, _path(out), **options)
 
 
 def sweep(
@@ -164,6 +164,12 @@ def _options(max_shard_size: int | str, dtype: DType | str | None) -> _Options:
     if size < 1:
         raise PymergeError(f"a shard must hold at least one byte, not {size}")
     return {"max_shard_bytes": size, "dtype": merging_dtype(dtype) if isinstance(dtype, str) else dtype}
+
+
+def _path(out: object) -> Path:
+    if not isinstance(out, (str, os.PathLike)):
+        raise PymergeError(f"out is a {type(out).__name__}, expected the path of a folder")
+    return Path(out)
 
 
 def _documents(recipe: Path | str) -> tuple[Document, ...]:

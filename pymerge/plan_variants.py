@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pymerge.checkpoint.manifest import MANIFEST_NAME, PLAN_NAME
+from pymerge.checkpoint.staging import PARTIAL
 from pymerge.errors import ProblemList, PymergeError
 from pymerge.plan_checks import free_bytes
 from pymerge.planner import Plan, plan_or_find
 from pymerge.recipe import Document
 from pymerge.sweep_settings import Setting, folder_name, plain, with_setting, wrong_settings
+from pymerge.text import shown
+
+LONGEST_NAME = 255  # bytes, of a folder
 
 
 class Variant(NamedTuple):
@@ -38,15 +42,14 @@ def plan_variants(
     dropped; `weight@NAME` holds for the model of that name. `options`: as `make_plan` takes them. Raises
     ProblemList with the problems of all settings.
     """
-    problems = list(wrong_settings(settings))
+    problems = list(dict.fromkeys(wrong_settings(settings)))
     if out is not None and any(os.path.lexists(out / name) for name in (MANIFEST_NAME, PLAN_NAME)):
         problems.append(f"{out} is a merge; a sweep wants a folder of its own for its outputs")
     if problems:
         raise ProblemList(problems)
     settings = [plain(setting) for setting in settings]
     names = [folder_name(setting) for setting in settings]
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"two settings of the sweep are the same: {name}")
+    problems += _wrong_names(settings, names)
     if problems:
         raise ProblemList(problems)
     variants: list[Variant] = []
@@ -62,6 +65,18 @@ def plan_variants(
     if problems:
         raise ProblemList(problems)
     return tuple(variants)
+
+
+def _wrong_names(settings: Sequence[Setting], names: Sequence[str]) -> Iterator[str]:
+    """Every output needs a folder of its own."""
+    first: dict[str, Setting] = {}
+    for setting, name in zip(settings, names, strict=True):
+        other = first.setdefault(name, setting)
+        if other is not setting:
+            what = "are the same" if other == setting else "would have the same folder"
+            yield f"two settings of the sweep {what}: {name}"
+        elif len((name + PARTIAL).encode()) > LONGEST_NAME:
+            yield f"a setting of the sweep is too long for the name of a folder: {shown(name)}"
 
 
 def _variant(

@@ -43,6 +43,7 @@ CANCELLED = (
 )
 # float32 holds the weights that come of it, and nobody's tensor has so many entries that one would be kept.
 LARGEST_FACTOR = 1e30
+MOST_FLOAT32 = 3.4028234663852886e38
 # PEFT cuts among equals as torch.topk does, which is not specified.
 KEEPS_ONE = "of a tensor where density * n is below 1 one entry is kept, and none by its authors' code"
 _PLAIN = Defaults(weight=1.0)
@@ -125,6 +126,12 @@ def adjusted(
                 f" supported down to {1 / LARGEST_FACTOR:g}"
             )
     scaled = tuple(weight * factor for weight, factor in zip(weights, factors, strict=True))
+    for weight, density, product in zip(weights, densities, scaled, strict=True):
+        if abs(weight) <= MOST_FLOAT32 < abs(product):
+            raise RecipeError(
+                f"weight {weight!r} divided by density {density!r}, as the preset has it, is not a finite"
+                " number in float32"
+            )
     rescale = False if divides else rescale
     if not defaults.plain_vote:
         return Adjusted(scaled, (), rescale)

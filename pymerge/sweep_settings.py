@@ -51,7 +51,7 @@ def grid(values: Mapping[str, Iterable[Any]]) -> list[dict[str, Any]]:
     lists = {}
     for name, some in values.items():
         if isinstance(some, (str, bytes)) or not isinstance(some, Iterable):
-            raise RecipeError(f"{name} of the sweep is {some!r}, expected a list of values")
+            raise RecipeError(f"{name} of the sweep is {shown(some)}, expected a list of values")
         lists[name] = list(some)
     _check_number(math.prod(map(len, lists.values())))
     return [dict(zip(lists, row, strict=True)) for row in itertools.product(*lists.values())]
@@ -62,11 +62,13 @@ def settings_of(given: object) -> list[dict[str, Any]]:
     if isinstance(given, Mapping):
         return grid(given)
     if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-        raise RecipeError(f"the settings of the sweep are {given!r}, expected values for each parameter")
+        raise RecipeError(f"the settings of the sweep are {shown(given)}, expected values for each parameter")
     settings = list(given)
     for setting in settings:
         if not isinstance(setting, Mapping):
-            raise RecipeError(f"a setting of the sweep is {setting!r}, expected a value for each parameter")
+            raise RecipeError(
+                f"a setting of the sweep is {shown(setting)}, expected a value for each parameter"
+            )
     _check_number(len(settings))
     return [dict(setting) for setting in settings]
 
@@ -86,8 +88,12 @@ def wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
         for key, value in setting.items():
             if not _is_key(key):
                 yield f"{shown(str(key))} cannot be the name of a parameter, nor NAME@MODEL"
+            elif (
+                sum(str(Key.of(other)) == str(Key.of(key)) for other in setting if isinstance(other, str)) > 1
+            ):
+                yield f"{Key.of(key)} is given twice in a setting"
             elif not _is_value(value):
-                yield f"{key} of a setting is {value!r}, expected a finite number, true, false or a word"
+                yield f"{key} of a setting is {shown(value)}, expected a finite number, true, false or a word"
 
 
 def _is_key(text: object) -> bool:
@@ -156,9 +162,14 @@ def with_setting(document: Document, setting: Setting) -> Document:
             return document
         changed["parameters"] = {**given, **parameters}
     entries = list(_model_entries(changed))
+    given_to: set[tuple[str, str]] = set()
     for key, number in keys.items():
-        if key.model is not None:
-            _set_for_model(entries, key, number)
+        if key.model is None:
+            continue
+        model = _set_for_model(entries, key, number)
+        if (key.name, model) in given_to:
+            raise RecipeError(f"{key.name} of {model} is given twice in a setting")
+        given_to.add((key.name, model))
     return document._replace(text=write_yaml(changed), value=changed)
 
 
@@ -174,26 +185,31 @@ def _model_entries(value: Any) -> Iterator[dict[str, Any]]:
             yield from _model_entries(entry)
 
 
-def _set_for_model(entries: Sequence[dict[str, Any]], key: Key, number: Value) -> None:
+def _set_for_model(entries: Sequence[dict[str, Any]], key: Key, number: Value) -> str:
+    """Gives the model its parameter; which model it is."""
     wanted = _parts(key.model)
-    same = [entry for entry in entries if _parts(_path_of(entry))[-len(wanted) :] == wanted]
-    paths = list(dict.fromkeys(map(_path_of, same)))
-    if len(paths) != 1:
-        known = ", ".join(paths or dict.fromkeys(map(_path_of, entries))) or "none"
-        found = "several models whose paths end so" if paths else "no model whose path ends so"
-        raise RecipeError(f"{key} of a setting: the recipe has {found}: {known}")
-    for entry in same:
+    texts = list(dict.fromkeys(_text_of(entry["model"]) for entry in entries))
+    found = [text for text in texts if text == key.model] or [
+        text for text in texts if _parts(text)[-len(wanted) :] == wanted
+    ]
+    if len(found) != 1:
+        what = "several models whose paths end so" if found else "no model whose path ends so"
+        known = ", ".join(found or texts) or "none"
+        raise RecipeError(f"{key} of a setting: the recipe has {what}: {known}")
+    for entry in entries:
         given = entry.get("parameters") or {}
-        if isinstance(given, dict):
+        if _text_of(entry["model"]) == found[0] and isinstance(given, dict):
             entry["parameters"] = {**given, key.name: number}
+    return found[0]
 
 
-def _path_of(entry: Mapping[str, Any]) -> str:
-    """A model's path, or its name on the hub."""
-    model = entry["model"]
-    while isinstance(model, dict):
-        model = model.get("path", model.get("model"))
-    return str(model)
+def _text_of(model: object) -> str:
+    """A model as one text: path or name on the hub, @revision, +LoRA; however the recipe writes it."""
+    if not isinstance(model, dict):
+        return str(model)
+    text = _text_of(model.get("path", model.get("model")))
+    text += f"@{model['revision']}" if model.get("revision") else ""
+    return text + (f"+{_text_of(model['lora'])}" if model.get("lora") else "")
 
 
 def _parts(path: str | None) -> list[str]:
@@ -202,7 +218,7 @@ def _parts(path: str | None) -> list[str]:
 
 def _seed(value: Value) -> int:
     if isinstance(value, (bool, str)) or value != int(value):
-        raise RecipeError(f"seed of a setting is {value!r}, expected a whole number")
+        raise RecipeError(f"seed of a setting is {shown(value)}, expected a whole number")
     return int(value)
 
 
@@ -215,7 +231,7 @@ def _without(value: Any, names: frozenset[str]) -> Any:
     copy = {}
     for key, entry in value.items():
         if key == "parameters" and isinstance(entry, dict):
-            copy[key] = {name: given for name, given in entry.items() if name not in names}
+            copy[key] = {name: _without(given, names) for name, given in entry.items() if name not in names}
         else:
             copy[key] = _without(entry, names)
     return copy

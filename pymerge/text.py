@@ -25,4 +25,7 @@ def shown(value: object) -> str:
     """`value` for a message: control characters escaped, long names and lists shortened."""
     brief = reprlib.Repr()
     brief.maxstring, brief.maxlist, brief.maxother = 120, 8, 60
-    return brief.repr(value)
+    try:
+        return brief.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"something too long to be shown ({type(value).__name__})"

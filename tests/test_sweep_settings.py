@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ import pymerge
 from pymerge.cli import main
 from pymerge.errors import PymergeError
 from pymerge.recipe import parse_documents
+from pymerge.sweep_settings import with_setting
 
 SHAPES = {"a.weight": (40, 50), "norm": (8,)}
 
@@ -78,6 +80,63 @@ def test_two_models_of_one_name(family: Path) -> None:
     (document,) = parse_documents(recipe, family)
     assert isinstance(document.value, dict)
     assert [entry["parameters"]["weight"] for entry in document.value["models"]] == [1, 0.5]
+
+
+def test_loras_of_one_model_are_models_of_their_own() -> None:
+    text = """
+merge_method: linear
+models:
+  - {model: {model: {path: a/one, revision: main}, lora: l/first}}
+  - {model: a/one+l/second}
+  - {model: a/one}
+"""
+    (document,) = parse_documents(text, Path("."))
+    for model, number in (("first", 0), ("a/one@main+l/first", 0), ("second", 1), ("one", 2), ("a/one", 2)):
+        changed = with_setting(document, {f"weight@{model}": 0.5})
+        assert isinstance(changed.value, dict)
+        given = [number for number, entry in enumerate(changed.value["models"]) if "parameters" in entry]
+        assert given == [number]
+
+
+def test_what_is_written_out_wins() -> None:
+    (document,) = parse_documents("merge_method: linear\nmodels: [{model: one}, {model: p/one}]\n", Path("."))
+    changed = with_setting(document, {"weight@one": 0.5})
+    assert isinstance(changed.value, dict)
+    assert [len(entry) for entry in changed.value["models"]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ([{"lambda": 0.1, "lambda_": 0.2}], "lambda is given twice in a setting"),
+        ([{"weight@one": 0.1, "weight@/one": 0.2}], "is given twice in a setting"),
+        ([{"weight@one": 10**5000}], "something too long to be shown (int)"),
+        ({"density": 10**5000}, "something too long to be shown (int)"),
+        ([10**5000], "something too long to be shown (int)"),
+        ([{"weight@m,x": 0.1}, {"weight@m_x": 0.1}], "two settings of the sweep would have the same folder"),
+        ([{"density": 0.1}, {"density": 0.1}], "two settings of the sweep are the same: density0.1"),
+        ([{f"weight@{'m' * 250}": 0.1}], "too long for the name of a folder"),
+    ],
+)
+def test_wrong_settings(settings: Any, sentence: str, family: Path) -> None:
+    with pytest.raises(PymergeError, match=re.escape(sentence)):
+        pymerge.plan_sweep(recipe(family), family / "out", settings)
+
+
+def test_a_recipe_that_contains_itself() -> None:
+    text = "merge_method: ties\nbase_model: b\nmodels: &m\n - model: one\n   parameters: {weight: 1, x: *m}\n"
+    with pytest.raises(PymergeError, match="the recipe contains itself"):
+        pymerge.plan_sweep(text, "out", {"weight@one": [0.1]})
+
+
+@pytest.mark.parametrize("out", [None, 5, b"x", ["x"]])
+def test_what_is_no_folder(out: Any, family: Path) -> None:
+    for call in (
+        lambda: pymerge.plan_sweep(recipe(family), out, {"density": [0.5]}),
+        lambda: pymerge.merge(recipe(family), out),
+    ):
+        with pytest.raises(PymergeError, match="out is a .*, expected the path of a folder"):
+            call()
 
 
 def test_names_that_end_in_digits_stay_apart(family: Path) -> None:

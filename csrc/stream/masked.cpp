@@ -11,9 +11,15 @@ namespace {
 template <class Work>
 class MaskedMerge {
  public:
-  MaskedMerge(const Group<Work>& group, const JobView& view, Crew& crew)
-      : group_(group), rule_(group.rule()), run_(group.run()), view_(view), crew_(crew), params_(rule_) {
-    if (rule_.trim != Trim::none) masks_ = std::make_unique<Masks<Work>>(group, view, crew);
+  MaskedMerge(const Group<Work>& group, size_t tensor, Crew& crew)
+      : group_(group),
+        rule_(group.rule()),
+        run_(group.run()),
+        tensor_(tensor),
+        view_(group.views[tensor]),
+        crew_(crew),
+        params_(rule_) {
+    if (rule_.trim != Trim::none) masks_ = std::make_unique<Masks<Work>>(group, view_, crew);
   }
 
   void merge() {
@@ -111,7 +117,7 @@ class MaskedMerge {
       MapBlock<Work> block = load(worker, first, count);
       block.out = view_.result(worker.result, first, count);
       block.bypass_cache = view_.bypass_cache(block.out, size);
-      FurtherResults<Work> further(group_, worker, 0, first, count);
+      FurtherResults<Work> further(group_, worker, tensor_, first, count);
       void* scratch = worker.scratch.reserve(map_scratch_bytes(group_.experts()));
       further.attach(&block, 0);
       group_.count_nan(kernel(params_.block, block, scratch));
@@ -123,6 +129,7 @@ class MaskedMerge {
   const Group<Work>& group_;
   const Rule& rule_;
   RunContext& run_;
+  const size_t tensor_;
   const JobView& view_;
   Crew& crew_;
   TensorParams<Work> params_;
@@ -133,7 +140,8 @@ class MaskedMerge {
 
 template <class Work>
 void masked_group(const Group<Work>& group, Crew& crew) {
-  for (const JobView& view : group.views) MaskedMerge<Work>(group, view, crew).merge();
+  for (size_t tensor = 0; tensor < group.views.size(); ++tensor)
+    MaskedMerge<Work>(group, tensor, crew).merge();
 }
 
 template void masked_group(const Group<float>&, Crew&);

@@ -141,6 +141,8 @@ class _Numpy:
 
         if not array.flags.writeable:
             array = array.copy()  # torch would warn that it could be written
+        elif array.flags.c_contiguous:  # whose axes of one element may have steps that torch refuses
+            array = np.ndarray(array.shape, array.dtype, buffer=array)
         if dtype_of(array) is DType.BF16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)

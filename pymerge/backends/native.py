@@ -314,7 +314,7 @@ def _check_one_working_type(jobs: Sequence[TensorJob]) -> None:
         wide_name, narrow_name = first[True].name, first[False].name
         raise BackendError(
             f"scope model: tensor {wide_name!r} is computed in float64, {narrow_name!r} in float32;"
-            " set dtype to have one type for all"
+            " give tensors of one type (a recipe's dtype makes them so)"
         )
 
 
