@@ -85,14 +85,15 @@ def wrong_settings(settings: Sequence[Setting]) -> Iterator[str]:
     for setting in settings:
         if not setting:
             yield "a setting of the sweep changes no parameter"
+        seen: set[Key] = set()
         for key, value in setting.items():
             if not _is_key(key):
                 yield f"{shown(str(key))} cannot be the name of a parameter, nor NAME@MODEL"
-            elif (
-                sum(str(Key.of(other)) == str(Key.of(key)) for other in setting if isinstance(other, str)) > 1
-            ):
+                continue
+            if Key.of(key) in seen:
                 yield f"{Key.of(key)} is given twice in a setting"
-            elif not _is_value(value):
+            seen.add(Key.of(key))
+            if not _is_value(value):
                 yield f"{key} of a setting is {shown(value)}, expected a finite number, true, false or a word"
 
 

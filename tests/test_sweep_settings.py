@@ -135,7 +135,7 @@ def test_what_is_no_folder(out: Any, family: Path) -> None:
         lambda: pymerge.plan_sweep(recipe(family), out, {"density": [0.5]}),
         lambda: pymerge.merge(recipe(family), out),
     ):
-        with pytest.raises(PymergeError, match="out is a .*, expected the path of a folder"):
+        with pytest.raises(PymergeError, match=r"out is a .*, expected the path of a folder"):
             call()
 
 

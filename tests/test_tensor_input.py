@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_merge import ARRAYS, BASE, EXPERTS, merged, refused
 
+from pymerge import merge_tensors
 from pymerge.errors import BackendError, RecipeError
 
 EXPECTED = merged()
@@ -259,3 +260,13 @@ def test_out_apart_among_many() -> None:
         "tensor '399': out shares memory with another out",
         lambda: merged(base, [expert, other], out=out),
     )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_odd_steps_of_axes_with_one_element(backend: str) -> None:
+    x = np.arange(108, dtype=np.float32).reshape(1, 9, 12)[::-1]
+    out = np.zeros((1, 9, 12), np.float32)[::-1]
+    assert x.strides[0] < 0
+    found = merge_tensors(x, [x * 2], backend=backend, density=0.5, out=out)
+    assert found is out
+    assert np.array_equal(out, merge_tensors(x.copy(), [x * 2], density=0.5))
