@@ -8,6 +8,7 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 from pymerge.backends.arrays import NUMPY, Array, ArrayKind, dtype_name, kind_of
+from pymerge.collector import collector_paused
 from pymerge.dtypes import BY_TORCH_NAME, DType, promote
 from pymerge.errors import BackendError
 
@@ -70,6 +71,7 @@ def expert_list(experts: object) -> list[object]:
     )
 
 
+@collector_paused()
 def read_operands(base: object | None, experts: Sequence[object]) -> Operands:
     """All inputs, checked; `base` is None where the method takes none."""
     items = [Item(f"expert {k}", expert) for k, expert in enumerate(experts)]
@@ -95,6 +97,7 @@ def read_operands(base: object | None, experts: Sequence[object]) -> Operands:
     return Operands(first[1].kind, first[1].device, arrays, dtypes, items[0])
 
 
+@collector_paused()
 def stacked(operands: Operands, outs: Sequence[object | None], wanted: DType | None) -> list[list[Stack]]:
     """What a backend is given, for each of `outs`: arrays for the results, built as the inputs are.
 

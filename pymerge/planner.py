@@ -70,7 +70,7 @@ class Plan:
     shards: tuple[Shard, ...]
     layouts: tuple[ShardLayout, ...]
     jobs: tuple[tuple[TensorJob, ...], ...]
-    bytes_read: int
+    shard_bytes: tuple[int, ...]
     bytes_written: int
     notes: tuple[str, ...]
     vocabulary: Vocabulary | None = None
@@ -79,6 +79,11 @@ class Plan:
     def scope(self) -> Scope:
         """What the thresholds are taken over."""
         return self.rules[0].scope
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that the jobs read; `shard_bytes` has them for each output file."""
+        return sum(self.shard_bytes)
 
     @property
     def passes(self) -> int:
@@ -303,7 +308,7 @@ def _laid_out(
         side_files=sides,
         layouts=layouts,
         jobs=jobs,
-        bytes_read=sum(map(bytes_read_by, jobs)),
+        shard_bytes=tuple(map(_bytes_read_by, jobs)),
         bytes_written=sum(layout.size for layout in layouts),
         notes=tuple(dict.fromkeys([*found.notes, *notes_of_jobs(recipe, found.method, jobs)])),
         vocabulary=found.vocabulary,
@@ -316,12 +321,9 @@ def _stem(inputs: Sequence[Input], donor: Path) -> str:
     return stem_like(like.checkpoint.shards[0].path.name)
 
 
-def bytes_read_by(jobs: Sequence[TensorJob]) -> int:
+def _bytes_read_by(jobs: Sequence[TensorJob]) -> int:
     """Bytes that these jobs read."""
-    total = 0
-    for job in jobs:
-        total += sum(bytes_of(source, job.count) for source in job.inputs) * job.reads
-    return total
+    return sum(sum([bytes_of(source, job.count) for source in job.inputs]) * job.reads for job in jobs)
 
 
 def _products(job: TensorJob) -> list[Product]:

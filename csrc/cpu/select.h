@@ -27,13 +27,15 @@ class Ranking {
   // Of entry_at(0), entry_at(1), ...
   template <class EntryAt>
   Ranking(int64_t size, void* memory, EntryAt&& entry_at) : entries_(static_cast<Entry*>(memory)) {
-    Key least = ~Key(0);
+    Key least =
+        ~Key(0);  // less by one, so that zero, far below all else, is no least key: it has the last bin
     for (int64_t i = 0; i < size; ++i) {
       const Key key = Entry::key(entry_at(i));
-      least = std::min(least, key), most_ = std::max(most_, key);
+      least = std::min<Key>(least, key - 1), most_ = std::max(most_, key);
     }
+    least_ = std::max<Key>(least, least + 1);
     const int bin_bits = std::clamp(int(std::bit_width(uint64_t(size))) - kPerBinBits, 0, kMostBinBits);
-    shift_ = std::max(0, int(std::bit_width(Key(most_ - std::min(least, most_)))) - bin_bits);
+    shift_ = std::max(0, int(std::bit_width(Key(most_ - std::min(least_, most_)))) - bin_bits);
     bins_.assign((size_t(1) << bin_bits) + 1, 0);
     for (int64_t i = 0; i < size; ++i) ++bins_[bin(Entry::key(entry_at(i))) + 1];
     for (size_t b = 1; b < bins_.size(); ++b) bins_[b] += bins_[b - 1];
@@ -65,11 +67,11 @@ class Ranking {
   }
 
  private:
-  static constexpr int kMostBinBits = 10, kPerBinBits = 3;
-  size_t bin(Key key) const { return size_t((most_ - key) >> shift_); }
+  static constexpr int kMostBinBits = 10, kPerBinBits = 4;
+  size_t bin(Key key) const { return key < least_ ? bins_.size() - 2 : size_t((most_ - key) >> shift_); }
 
   Entry* entries_;
-  Key most_ = 0;
+  Key most_ = 0, least_ = 0;  // `least_`: but for zero
   int shift_;
   std::vector<int64_t> bins_, parted_;  // ranks at which the entries are parted
 };

@@ -33,10 +33,12 @@ class WholeExpert {
 
  private:
   static constexpr int64_t kFew = 1024;  // elements: to sort out all of them costs less than to sample
+  static constexpr int64_t kShort =
+      16384;  // elements: eight clusters of 64, the least there are, are too many
 
   // By a sample, and those keys that it leaves open; false if the bracket missed.
   bool bracketed(int64_t rank, Cut* found) {
-    const Samples samples = choose_samples(group_.size, 64, size_);
+    const Samples samples = choose_samples(group_.size, size_ < kShort ? 32 : 64, size_);
     Bits* sampled = worker_.keys.template reserve_for<Bits>(size_t(samples.size()));
     for (int64_t c = 0; c < samples.clusters; ++c) {
       const int64_t first = int64_t(samples.start[size_t(c)]);

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from pymerge.backends.compounds import CompoundTable, dtype_code
 from pymerge.backends.philox import tensor_key
+from pymerge.collector import collector_paused
 from pymerge.dtypes import DType
 from pymerge.errors import BackendError, Cancelled, CheckpointError, OutputError
 from pymerge.job import IN_MEMORY, TensorJob, regions_of
@@ -98,9 +99,14 @@ class Report:
     undecided: int | None
     fallbacks: int | None
     nan_outputs: int
-    thresholds: tuple[tuple[Threshold, ...], ...]
+    cuts: Sequence[Sequence[tuple[int, int]]]
     on_cpu: int = 0
     nan_of: tuple[int, ...] = ()
+
+    @property
+    def thresholds(self) -> tuple[tuple[Threshold, ...], ...]:
+        """Of each group and variant, by `cuts`: as `NativeRun` takes them again. Few callers want them."""
+        return tuple(tuple(Threshold(*cut) for cut in group) for group in self.cuts)
 
 
 def available_isas() -> list[Isa]:
@@ -149,6 +155,17 @@ class NativeRun:
             _check_one_working_type(jobs)
         self._jobs = [*jobs, *(job for variant in variants for job in variant)]
         self._files = files
+        with collector_paused():
+            self._run = self._core_run(jobs, scope, files, settings, thresholds)
+
+    def _core_run(
+        self,
+        jobs: Sequence[TensorJob],
+        scope: Scope,
+        files: Sequence[OpenFile],
+        settings: Settings,
+        thresholds: Sequence[Sequence[Threshold]],
+    ) -> _core.Run:
         # The core numbers the files of this run alone.
         slots = {file.number: slot for slot, file in enumerate(files)} | {IN_MEMORY: _NO_FILE}
         rules = _RuleTable()
@@ -161,7 +178,7 @@ class NativeRun:
         families = [[[start + n for n in group] for start in starts] for group in _groups(jobs, scope)]
         fds = [file.fd for file in files]
         given = [[(cut.magnitude, cut.index) for cut in group] for group in thresholds]
-        self._run = _core.Run(
+        return _core.Run(
             rows,
             keys,
             inputs,
@@ -180,7 +197,6 @@ class NativeRun:
         if fault is not None:
             raise self._explain(*fault)
         counted = self._run.report()
-        cuts = tuple(tuple(Threshold(*cut) for cut in group) for group in self._run.cuts())
         return Report(
             bytes_read=counted["bytes_read"],
             bytes_written=counted["bytes_written"],
@@ -188,7 +204,7 @@ class NativeRun:
             undecided=counted["undecided"],
             fallbacks=counted["misses"] + counted["overflows"],
             nan_outputs=sum(counted["nan"]),
-            thresholds=cuts,
+            cuts=self._run.cuts(),
             nan_of=tuple(counted["nan"]),
         )
 

@@ -13,7 +13,7 @@ from pymerge.backends.native import OpenFile
 from pymerge.checkpoint.header import Header
 from pymerge.errors import CheckpointError, OutputError
 from pymerge.files import open_regular
-from pymerge.job import TensorJob, regions_of
+from pymerge.job import Region, TensorJob, regions_of
 from pymerge.planner import Plan
 from pymerge.rule import Scope
 
@@ -28,8 +28,13 @@ def opened_inputs(plan: Plan, jobs: Sequence[TensorJob]) -> Iterator[tuple[OpenF
     Raises CheckpointError when one is not the file that was planned with, be it when it is opened or at the
     end.
     """
-    sources = (source for job in jobs for source in job.inputs)
-    needed = {region.file for source in sources for region in regions_of(source)}
+    needed: set[int] = set()
+    for job in jobs:
+        for source in job.inputs:
+            if isinstance(source, Region):
+                needed.add(source.file)
+            else:
+                needed.update(region.file for region in regions_of(source))
     with ExitStack() as stack:
         files = []
         for number in sorted(needed):

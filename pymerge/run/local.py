@@ -16,7 +16,7 @@ from pymerge.checkpoint.durable import writing
 from pymerge.checkpoint.layout import ShardLayout
 from pymerge.checkpoint.staging import Staging
 from pymerge.job import TensorJob
-from pymerge.planner import Plan, bytes_read_by
+from pymerge.planner import Plan
 from pymerge.rule import Scope
 from pymerge.run.attended import Run, attend
 from pymerge.run.hasher import ShardHasher
@@ -223,7 +223,7 @@ class _Runner:
         waiting = []
         for output in self.outputs:
             if output.take_over(numbers):
-                self._advance(output.plan.jobs[number] for number in numbers)
+                self._advance(output.plan, numbers)
             else:
                 waiting.append(output)
         return waiting
@@ -258,11 +258,13 @@ class _Runner:
         for row in rows:
             row[0].output.bytes_written += report.bytes_written // len(rows)
         self.bytes_read += report.bytes_read
-        self._advance(jobs)
+        for row in rows:
+            self._advance(row[0].output.plan, [part.number for part in row])
         return report
 
-    def _advance(self, jobs: Iterable[Sequence[TensorJob]]) -> None:
-        self.done_bytes += sum(map(bytes_read_by, jobs))
+    def _advance(self, plan: Plan, numbers: Iterable[int]) -> None:
+        """These shards of one output are done."""
+        self.done_bytes += sum(plan.shard_bytes[number] for number in numbers)
         self.progress.update(self.done_bytes)
 
 

@@ -106,7 +106,7 @@ class DeviceRun:
             undecided=None if merged else report.undecided,
             fallbacks=None if merged else report.fallbacks,
             nan_outputs=report.nan_outputs + nan,
-            thresholds=(),
+            cuts=(),
             on_cpu=sum(job.rule is not None and job.count > 0 for job in left),
         )
 
