@@ -27,8 +27,8 @@ class Ranking {
   // Of entry_at(0), entry_at(1), ...
   template <class EntryAt>
   Ranking(int64_t size, void* memory, EntryAt&& entry_at) : entries_(static_cast<Entry*>(memory)) {
-    Key least =
-        ~Key(0);  // less by one, so that zero, far below all else, is no least key: it has the last bin
+    // Less by one, so that zero, far below all else, is not the least key: it has the last bin.
+    Key least = ~Key(0);
     for (int64_t i = 0; i < size; ++i) {
       const Key key = Entry::key(entry_at(i));
       least = std::min<Key>(least, key - 1), most_ = std::max(most_, key);

@@ -1,5 +1,4 @@
-// The cuts of a tensor that the cache holds with all its inputs: it is loaded once and looked through in
-// place.
+// The cuts of a tensor that the cache holds with all its inputs: loaded once, looked through in place.
 #include <algorithm>
 
 #include "bracket.h"
@@ -32,9 +31,10 @@ class WholeExpert {
   }
 
  private:
-  static constexpr int64_t kFew = 1024;  // elements: to sort out all of them costs less than to sample
-  static constexpr int64_t kShort =
-      16384;  // elements: eight clusters of 64, the least there are, are too many
+  // Elements: of fewer all are sorted out, which costs less than to sample.
+  static constexpr int64_t kFew = 1024;
+  // Elements: of fewer clusters of 64, eight at least, would be too large a sample.
+  static constexpr int64_t kShort = 16384;
 
   // By a sample, and those keys that it leaves open; false if the bracket missed.
   bool bracketed(int64_t rank, Cut* found) {
