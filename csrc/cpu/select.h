@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <functional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -14,8 +13,8 @@ namespace pm {
 
 // Entries in descending order of their keys, as cuts divide them: `before` tells which of two comes first,
 // and no two are alike, so that every rank has one holder. They are parted into bins first, by the leading
-// bits in which keys differ: that is ten times as fast as to part all of them around one rank (16,384 keys: 3
-// ns each against 12).
+// bits in which keys differ: that is twice as fast as to part all of them around one rank (16,384 normal
+// numbers, Sapphire Rapids: 3.0 ns each against 6.4).
 template <class Entry>
 class Ranking {
  public:

@@ -28,8 +28,7 @@ double rank_error(const Bits* keys, const Samples& s, Bits key, int64_t last_equ
   return count_error(squares, double(s.clusters));
 }
 
-// More would cost more than it saves: the sample serves only the first round of a stream.
-constexpr int64_t kMostSampleBytes = 64 << 20;
+constexpr int64_t kMostSampleBytes = 64 << 20;  // of the keys of all experts
 
 }  // namespace
 
